@@ -1,0 +1,224 @@
+"""Distributions that heads put out, and the squashings around them.
+
+Every distribution here has `log_prob(x)`, `loss(x) = -log_prob(x)` and `mode()`; the ones that are sampled have
+`sample(noise)`, where the noise is an input (Gumbel for categoricals, standard normal otherwise): zero Gumbel noise is the
+arg max, zero normal noise is the mean. The last axes, which make up one event, are summed over.
+Everything is computed in float32 (or wider), whatever the precision of the network that put out the logits.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+__all__ = ["symlog", "symexp", "symexp_bins", "OneHot", "Joint", "Normal", "SquaredError", "TwoHot", "Bernoulli"]
+
+
+def symlog(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """sign(x) ln(1 + |x|): compresses large values of either sign, identity around zero (paper, eq. 9)."""
+    return torch.sign(x) * torch.log1p(torch.abs(x))
+
+
+def symexp(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """Inverse of `symlog`: sign(x) (exp|x| - 1)."""
+    return torch.sign(x) * torch.expm1(torch.abs(x))
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """float32 for half-precision tensors; float32 and float64 pass."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def symexp_bins(count: int, limit: float = 20.0, **kwargs) -> Float[Tensor, "count"]:
+    """`count` bin centres that are exponentially spaced in ±symexp(limit) and exactly mirrored around zero.
+
+    Mirroring (instead of one symexp(linspace)) makes the bins cancel exactly in a symmetric sum.
+    """
+    half = symexp(torch.linspace(-limit, 0, count // 2 + count % 2, dtype=torch.float64))
+    mirrored = -half.flip(0)
+    return torch.cat([half, mirrored[count % 2 :]]).to(**{"dtype": torch.get_default_dtype(), **kwargs})
+
+
+class OneHot:
+    """Categorical whose samples are one-hot vectors [..., classes], with straight-through gradients.
+
+    `unimix` mixes that share of a uniform distribution into the probabilities (paper: 1 %), so that no class dies out and
+    KL terms stay bounded; sampling, straight-through gradient, entropy and KL all see the mixed probabilities.
+    """
+
+    def __init__(self, logits: Float[Tensor, "*b classes"], unimix: float = 0.0):
+        logits = full_precision(logits)
+        if unimix:
+            self.probs = (1 - unimix) * torch.softmax(logits, -1) + unimix / logits.shape[-1]
+            self.log_probs = torch.log(self.probs)
+        else:
+            self.log_probs = torch.log_softmax(logits, -1)
+            self.probs = self.log_probs.exp()
+
+    def mode(self) -> Float[Tensor, "*b classes"]:
+        return self._one_hot(self.log_probs)
+
+    def sample(self, gumbel: Float[Tensor, "*b classes"]) -> Float[Tensor, "*b classes"]:
+        """Gumbel-max sample. The bracket is exactly zero forwards and carries the gradient of the probabilities backwards."""
+        return self._one_hot(self.log_probs.detach() + gumbel) + (self.probs - self.probs.detach())
+
+    def log_prob(self, onehot: Float[Tensor, "*b classes"]) -> Float[Tensor, "*b"]:
+        return (onehot * self.log_probs).sum(-1)
+
+    def loss(self, onehot: Float[Tensor, "*b classes"]) -> Float[Tensor, "*b"]:
+        return -self.log_prob(onehot)
+
+    def entropy(self) -> Float[Tensor, "*b"]:
+        return -(self.probs * self.log_probs).sum(-1)
+
+    def kl(self, other: "OneHot") -> Float[Tensor, "*b"]:
+        """KL(self ‖ other) per categorical."""
+        return (self.probs * (self.log_probs - other.log_probs)).sum(-1)
+
+    def detach(self) -> "OneHot":
+        copy = object.__new__(OneHot)
+        copy.probs, copy.log_probs = self.probs.detach(), self.log_probs.detach()
+        return copy
+
+    def _one_hot(self, scores: Tensor) -> Tensor:
+        return F.one_hot(scores.argmax(-1), scores.shape[-1]).to(self.probs.dtype)
+
+
+class Joint:
+    """Independent categoricals of different sizes whose one-hot vectors are concatenated: [..., sum of sizes]."""
+
+    def __init__(self, parts: list[OneHot]):
+        self.parts = parts
+        self.sizes = [part.probs.shape[-1] for part in parts]
+
+    def mode(self) -> Float[Tensor, "*b size"]:
+        return torch.cat([part.mode() for part in self.parts], -1)
+
+    def sample(self, gumbel: Float[Tensor, "*b size"]) -> Float[Tensor, "*b size"]:
+        return torch.cat([p.sample(g) for p, g in zip(self.parts, gumbel.split(self.sizes, -1), strict=True)], -1)
+
+    def log_prob(self, x: Float[Tensor, "*b size"]) -> Float[Tensor, "*b"]:
+        return sum(p.log_prob(v) for p, v in zip(self.parts, x.split(self.sizes, -1), strict=True))
+
+    def loss(self, x: Float[Tensor, "*b size"]) -> Float[Tensor, "*b"]:
+        return -self.log_prob(x)
+
+    def entropy(self) -> Float[Tensor, "*b"]:
+        return sum(part.entropy() for part in self.parts)
+
+
+class Normal:
+    """Diagonal normal over the last `dims` axes."""
+
+    def __init__(self, mean: Float[Tensor, "*s"], std: Float[Tensor, "*s"] | float = 1.0, dims: int = 1):
+        self.mean = full_precision(mean)
+        std = std if torch.is_tensor(std) else torch.full_like(self.mean, std)
+        self.std = full_precision(std)
+        self.axes = tuple(range(-dims, 0))
+
+    def mode(self) -> Float[Tensor, "*s"]:
+        return self.mean
+
+    def sample(self, normal: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+        return self.mean + self.std * normal
+
+    def log_prob(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*b"]:
+        z = (x - self.mean) / self.std
+        return (-0.5 * z.square() - self.std.log() - 0.5 * math.log(2 * math.pi)).sum(self.axes)
+
+    def loss(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*b"]:
+        return -self.log_prob(x)
+
+    def entropy(self) -> Float[Tensor, "*b"]:
+        return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(self.axes)
+
+    def kl(self, other: "Normal") -> Float[Tensor, "*b"]:
+        """KL(self ‖ other), summed over the event."""
+        ratio = (self.std / other.std).square()
+        distance = ((self.mean - other.mean) / other.std).square()
+        return 0.5 * (ratio + distance - 1 - ratio.log()).sum(self.axes)
+
+    def detach(self) -> "Normal":
+        return Normal(self.mean.detach(), self.std.detach(), len(self.axes))
+
+
+class SquaredError:
+    """A point prediction scored by the squared error, summed over the last `dims` axes.
+
+    `squash` (symlog) applies to the target, its inverse to the prediction that is read off (paper, eq. 9).
+    """
+
+    def __init__(self, pred: Float[Tensor, "*s"], dims: int = 1, squash: bool = False):
+        self.pred = full_precision(pred)
+        self.axes = tuple(range(-dims, 0))
+        self.squash = squash
+
+    def mode(self) -> Float[Tensor, "*s"]:
+        return symexp(self.pred) if self.squash else self.pred
+
+    def loss(self, target: Float[Tensor, "*s"]) -> Float[Tensor, "*b"]:
+        target = symlog(target) if self.squash else target
+        error = (self.pred - target.detach()).square()
+        return error.sum(self.axes) if self.axes else error
+
+    def log_prob(self, target: Float[Tensor, "*s"]) -> Float[Tensor, "*b"]:
+        return -self.loss(target)
+
+
+class TwoHot:
+    """A scalar as a categorical over bins: the target's mass is split between its two neighbouring bins (paper, eq. 10).
+
+    With `squash` (`symlog_disc`, the 2023 version) the bins are evenly spaced in symlog space and the prediction is the
+    symexp of the expected bin; without it (`symexp_twohot`) the bins themselves are exponentially spaced.
+    """
+
+    def __init__(self, logits: Float[Tensor, "*b bins"], bins: Float[Tensor, "bins"], squash: bool = False):
+        self.logits = full_precision(logits)
+        self.bins = bins
+        self.squash = squash
+
+    def mode(self) -> Float[Tensor, "*b"]:
+        """Expected bin. Summed from the middle outwards in mirrored pairs, so that symmetric logits give exactly 0."""
+        weighted = torch.softmax(self.logits, -1) * self.bins
+        half = self.bins.shape[0] // 2
+        low, middle, high = weighted.tensor_split((half, weighted.shape[-1] - half), -1)
+        mean = middle.sum(-1) + (low.flip(-1) + high).sum(-1)
+        return symexp(mean) if self.squash else mean
+
+    def loss(self, target: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """Cross entropy with the two-hot target; targets beyond the outermost bins count as those."""
+        target = full_precision(target.detach())
+        target = symlog(target) if self.squash else target
+        last = self.bins.shape[0] - 1
+        above: Int[Tensor, "*b"] = torch.searchsorted(self.bins, target.contiguous(), right=True).clamp(1, last)
+        below = above - 1
+        low, high = self.bins[below], self.bins[above]
+        share = ((target - low) / (high - low)).clamp(0, 1)
+        log_probs = torch.log_softmax(self.logits, -1)
+        pick = log_probs.gather(-1, torch.stack([below, above], -1))
+        return -((1 - share) * pick[..., 0] + share * pick[..., 1])
+
+    def log_prob(self, target: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return -self.loss(target)
+
+
+class Bernoulli:
+    """A yes or no, whose target may be any probability."""
+
+    def __init__(self, logit: Float[Tensor, "*b"]):
+        self.logit = full_precision(logit)
+
+    @property
+    def prob(self) -> Float[Tensor, "*b"]:
+        return torch.sigmoid(self.logit)
+
+    def mode(self) -> Bool[Tensor, "*b"]:
+        return self.logit > 0
+
+    def loss(self, target: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return F.binary_cross_entropy_with_logits(self.logit, target.detach(), reduction="none")
+
+    def log_prob(self, target: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        return -self.loss(target)

@@ -1,0 +1,221 @@
+"""Layers: linear and block-linear maps, RMS norm, MLPs, convolution stages, and how all of them are initialised.
+
+Convolutions run on channels-last memory: a frame comes in as [height, width, channels], the norm is over channels, and flattening
+yields (height, width, channels), all without a copy.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from distributions import Bernoulli, Joint, Normal, OneHot, SquaredError, TwoHot, symexp_bins
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "elu": F.elu,
+    "tanh": torch.tanh,
+}
+# Standard deviation of a unit normal cut at ±2 is 0.8796; this factor restores it to 1.
+TRUNCATION = 1.1368
+
+
+@torch.no_grad()
+def init_weight(weight: Tensor, fan_in: int, scale: float = 1.0) -> None:
+    """Truncated normal with standard deviation `scale / sqrt(fan_in)`, cut at two of the uncut normal's deviations."""
+    std = TRUNCATION * scale / math.sqrt(fan_in)
+    if std:
+        nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std)
+    else:
+        weight.zero_()
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` with the reference's initialisation; `scale` 0 starts the output at exactly 0."""
+
+    def __init__(self, inputs: int, outputs: int, scale: float = 1.0):
+        self.scale = scale
+        super().__init__(inputs, outputs)
+
+    def reset_parameters(self) -> None:
+        init_weight(self.weight, self.in_features, self.scale)
+        nn.init.zeros_(self.bias)
+
+
+class BlockLinear(nn.Module):
+    """A linear map [.., blocks, inputs] -> [.., blocks * outputs] whose matrix is block-diagonal.
+
+    `inputs`, `outputs` are per block; initialised by the fan-in of the whole layer (blocks * inputs).
+    """
+
+    def __init__(self, blocks: int, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(blocks, inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(blocks * outputs))
+        init_weight(self.weight, blocks * inputs)
+
+    def forward(self, x: Float[Tensor, "*b blocks inputs"]) -> Float[Tensor, "*b out"]:
+        lead = x.shape[:-2]
+        x = x.reshape(-1, *x.shape[-2:]).transpose(0, 1)
+        return torch.bmm(x, self.weight).transpose(0, 1).reshape(*lead, -1) + self.bias
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * scale over the last axis, in float32 whatever comes in."""
+
+    def __init__(self, size: int, eps: float = 1e-4):
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Float[Tensor, "*b size"]) -> Float[Tensor, "*b size"]:
+        wide = x.to(self.scale.dtype)
+        return F.rms_norm(wide, self.scale.shape, self.scale, self.eps).to(x.dtype)
+
+
+class Dense(nn.Module):
+    """Linear -> RMSNorm -> activation."""
+
+    def __init__(self, inputs: int, outputs: int, act: str = "silu"):
+        super().__init__()
+        self.linear = Linear(inputs, outputs)
+        self.norm = RMSNorm(outputs)
+        self.act = ACTIVATIONS[act]
+
+    def forward(self, x: Float[Tensor, "*b in"]) -> Float[Tensor, "*b out"]:
+        return self.act(self.norm(self.linear(x)))
+
+
+class MLP(nn.Sequential):
+    """`layers` dense layers of `units`. `out_size` is the width of what comes out."""
+
+    def __init__(self, inputs: int, units: int, layers: int, act: str = "silu"):
+        super().__init__(*(Dense(inputs if i == 0 else units, units, act) for i in range(layers)))
+        self.out_size = units if layers else inputs
+
+
+class Conv(nn.Module):
+    """Convolution -> (2x2 max-pool) -> RMSNorm over channels -> activation, on [N, C, H, W] in channels-last memory.
+
+    Args:
+        resize: `same` keeps the size, `pool` and `stride` halve it, `transposed` doubles it.
+        norm: without it (an output layer) there is no activation either.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        resize: str = "same",
+        *,
+        act: str = "silu",
+        norm: bool = True,
+        scale: float = 1.0,
+    ):
+        super().__init__()
+        edge = (kernel - 1) // 2
+        if resize == "transposed":
+            self.conv = nn.ConvTranspose2d(inputs, outputs, kernel, 2, edge, output_padding=kernel % 2)
+        elif resize == "stride":
+            self.conv = nn.Conv2d(inputs, outputs, kernel, 2, edge)
+        else:
+            self.conv = nn.Conv2d(inputs, outputs, kernel, padding="same")
+        init_weight(self.conv.weight, inputs * kernel**2, scale)
+        nn.init.zeros_(self.conv.bias)
+        self.pool = nn.MaxPool2d(2) if resize == "pool" else nn.Identity()
+        self.norm = RMSNorm(outputs) if norm else None
+        self.act = ACTIVATIONS[act]
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
+        x = self.pool(self.conv(x))
+        if self.norm is None:
+            return x
+        return self.act(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+class ScalarHead(nn.Module):
+    """MLP -> distribution over one real number per state (reward, value).
+
+    Args:
+        dist: symexp_twohot | symlog_disc (two-hot over `bins` bins), symlog_mse | mse | normal (one output).
+        outscale: scale of the output layer's initial weights; 0 predicts exactly 0 at first.
+    """
+
+    def __init__(self, inputs: int, *, layers: int, units: int, dist: str, bins: int, outscale: float, act: str = "silu"):
+        super().__init__()
+        self.dist = dist
+        self.twohot = dist in ("symexp_twohot", "symlog_disc")
+        self.mlp = MLP(inputs, units, layers, act)
+        self.out = Linear(self.mlp.out_size, bins if self.twohot else 1, outscale)
+        if self.twohot:
+            spaced = symexp_bins(bins) if dist == "symexp_twohot" else torch.linspace(-20, 20, bins)
+            self.register_buffer("bins", spaced, persistent=False)
+
+    def forward(self, feat: Float[Tensor, "*b feat"]) -> TwoHot | SquaredError | Normal:
+        out = self.out(self.mlp(feat))
+        if self.twohot:
+            return TwoHot(out, self.bins, squash=self.dist == "symlog_disc")
+        if self.dist == "normal":
+            return Normal(out.squeeze(-1), dims=0)
+        return SquaredError(out.squeeze(-1), dims=0, squash=self.dist == "symlog_mse")
+
+
+class BinaryHead(nn.Module):
+    """MLP -> Bernoulli (does the episode go on?)."""
+
+    def __init__(self, inputs: int, *, layers: int, units: int, outscale: float = 1.0, act: str = "silu"):
+        super().__init__()
+        self.mlp = MLP(inputs, units, layers, act)
+        self.out = Linear(self.mlp.out_size, 1, outscale)
+
+    def forward(self, feat: Float[Tensor, "*b feat"]) -> Bernoulli:
+        return Bernoulli(self.out(self.mlp(feat)).squeeze(-1))
+
+
+class Actor(nn.Module):
+    """MLP -> policy.
+
+    Continuous: Normal(tanh(mean), (max_std - min_std) sigmoid(s + 2) + min_std), samples not squashed.
+    Discrete: a categorical with `unimix_ratio` of uniform per group of actions, joined.
+
+    Args:
+        action_size: width of the action vector.
+        classes: sizes of the discrete groups, which sum to `action_size`; empty for continuous actions.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        action_size: int,
+        classes: Sequence[int],
+        *,
+        layers: int,
+        units: int,
+        unimix_ratio: float = 0.01,
+        min_std: float = 0.1,
+        max_std: float = 1.0,
+        outscale: float = 0.01,
+        act: str = "silu",
+    ):
+        super().__init__()
+        self.unimix, self.min_std, self.max_std = unimix_ratio, min_std, max_std
+        self.mlp = MLP(inputs, units, layers, act)
+        width = self.mlp.out_size
+        self.discrete = bool(classes)
+        if self.discrete:
+            self.logits = nn.ModuleList(Linear(width, n, outscale) for n in classes)
+        else:
+            self.mean, self.std = Linear(width, action_size, outscale), Linear(width, action_size, outscale)
+
+    def forward(self, feat: Float[Tensor, "*b feat"]) -> Joint | Normal:
+        x = self.mlp(feat)
+        if self.discrete:
+            return Joint([OneHot(layer(x), self.unimix) for layer in self.logits])
+        spread = self.max_std - self.min_std
+        return Normal(torch.tanh(self.mean(x)), spread * torch.sigmoid(self.std(x) + 2.0) + self.min_std)

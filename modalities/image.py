@@ -1,0 +1,147 @@
+"""Images: uint8 [height, width, channels], of any size that can be halved once per stage.
+
+Encoder: stages of (convolution, halving, norm, activation). Decoder: a start map from deter (block-linear over channels)
+plus a net of stoch, then stages that double it. Several image keys are stacked along the channels.
+"""
+
+from math import prod
+
+import numpy as np
+import torch
+from gymnasium import spaces as gs
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from distributions import Normal, SquaredError
+from errors import UserError
+from layers import ACTIVATIONS, BlockLinear, Conv, Dense, Linear, RMSNorm
+
+
+def recognises(space: gs.Space) -> bool:
+    """Boxes of uint8 with three axes."""
+    return isinstance(space, gs.Box) and space.dtype == np.uint8 and len(space.shape) == 3
+
+
+def common_size(spaces: dict[str, gs.Space], stages: int) -> tuple[int, int]:
+    """Height and width that all image keys share, or a UserError that says which sizes work."""
+    sizes = {key: space.shape[:2] for key, space in spaces.items()}
+    if len(set(sizes.values())) > 1:
+        raise UserError(f"Images of different sizes cannot be stacked: {sizes}. Give them one size (image_size).")
+    height, width = next(iter(sizes.values()))
+    unit = 2**stages
+    if height % unit or width % unit:
+        near = [max(unit, unit * round(side / unit)) for side in (height, width)]
+        raise UserError(
+            f"An image of {height}x{width} cannot be halved {stages} times (the encoder's mults have {stages} entries): both "
+            f"sides must be multiples of {unit}. Nearest that works: --image_size {near[0]} {near[1]}"
+        )
+    return height, width
+
+
+class ImageEncoder(nn.Module):
+    """{key: uint8 [*b, H, W, C]} -> [*b, out_size]."""
+
+    def __init__(
+        self,
+        spaces: dict,
+        *,
+        depth: int,
+        mults: list[int],
+        kernel: int = 5,
+        downsample: str = "pool",
+        act: str = "silu",
+        **_,
+    ):
+        super().__init__()
+        self.keys = list(spaces)
+        height, width = common_size(spaces, len(mults))
+        depths = [sum(space.shape[-1] for space in spaces.values()), *(depth * m for m in mults)]
+        self.stages = nn.Sequential(
+            *(Conv(i, o, kernel, downsample, act=act) for i, o in zip(depths[:-1], depths[1:], strict=True))
+        )
+        self.out_size = (height >> len(mults)) * (width >> len(mults)) * depths[-1]
+
+    def forward(self, obs: dict[str, Tensor], present: dict[str, Tensor]) -> Float[Tensor, "*b out"]:
+        frames = []
+        for key in self.keys:
+            frame = self.scale(obs[key])
+            frames.append(frame * present[key][..., None, None, None] if key in present else frame)
+        x = torch.cat(frames, -1) if len(frames) > 1 else frames[0]
+        lead = x.shape[:-3]
+        x = self.stages(x.reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2))
+        return x.permute(0, 2, 3, 1).reshape(*lead, -1)
+
+    def scale(self, frame: Tensor) -> Float[Tensor, "*b h w c"]:
+        dtype = self.stages[0].conv.weight.dtype
+        return frame.to(dtype) / 255 - 0.5
+
+
+class ImageDecoder(nn.Module):
+    """deter, stoch -> {key: distribution over [*b, H, W, C] in 0..1}."""
+
+    def __init__(
+        self,
+        spaces: dict,
+        deter: int,
+        stoch: int,
+        *,
+        units: int,
+        depth: int,
+        mults: list[int],
+        kernel: int = 5,
+        blocks: int = 8,
+        upsample: str = "nearest",
+        image_dist: str = "sigmoid_mse",
+        outscale: float = 1.0,
+        act: str = "silu",
+        **_,
+    ):
+        super().__init__()
+        height, width = common_size(spaces, len(mults))
+        self.channels = {key: space.shape[-1] for key, space in spaces.items()}
+        self.dist, self.blocks, self.act = image_dist, blocks, ACTIVATIONS[act]
+        depths = [depth * m for m in mults]
+        self.start = (height >> len(mults), width >> len(mults), depths[-1])
+        if deter % blocks or depths[-1] % blocks:
+            raise UserError(
+                f"decoder.blocks is {blocks}, which must divide deter ({deter}) and the start map's channels ({depths[-1]})."
+            )
+        self.from_deter = BlockLinear(blocks, deter // blocks, prod(self.start) // blocks)
+        self.from_stoch = nn.Sequential(Dense(stoch, 2 * units, act), Linear(2 * units, prod(self.start)))
+        self.norm = RMSNorm(depths[-1])
+        widths = [*reversed(depths), sum(self.channels.values())]
+        resize = "transposed" if upsample == "transposed" else "same"
+        self.upsample = nn.Identity() if resize == "transposed" else nn.Upsample(scale_factor=2, mode="nearest")
+        last = len(mults) - 1
+        self.stages = nn.ModuleList(
+            Conv(i, o, kernel, resize, act=act, norm=n < last, scale=outscale if n == last else 1.0)
+            for n, (i, o) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+        )
+
+    def forward(
+        self, deter: Float[Tensor, "*b deter"], stoch: Float[Tensor, "*b stoch"]
+    ) -> dict[str, SquaredError | Normal]:
+        lead = deter.shape[:-1]
+        height, width, depth = self.start
+        by_block = self.from_deter(deter.unflatten(-1, (self.blocks, -1)))
+        by_block = by_block.reshape(-1, self.blocks, height, width, depth // self.blocks)
+        x = by_block.permute(0, 2, 3, 1, 4).reshape(-1, height, width, depth)
+        x = x + self.from_stoch(stoch).reshape(-1, height, width, depth)
+        x = self.act(self.norm(x)).permute(0, 3, 1, 2)
+        for stage in self.stages:
+            x = stage(self.upsample(x))
+        x = x.permute(0, 2, 3, 1)
+        x = x.reshape(*lead, *x.shape[1:])
+        parts = x.split(list(self.channels.values()), -1)
+        return {key: self._dist(part) for key, part in zip(self.channels, parts, strict=True)}
+
+    def target(self, key: str, value: Tensor) -> Float[Tensor, "*b h w c"]:
+        """What the distribution of `key` is scored on."""
+        return value.to(self.norm.scale.dtype) / 255
+
+    def _dist(self, x: Tensor) -> SquaredError | Normal:
+        if self.dist == "sigmoid_mse":
+            return SquaredError(torch.sigmoid(x.float() if x.dtype == torch.bfloat16 else x), dims=3)
+        if self.dist == "mse":
+            return SquaredError(x + 0.5, dims=3)
+        return Normal(x + 0.5, dims=3)

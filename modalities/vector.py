@@ -1,0 +1,117 @@
+"""Vectors: joint positions, measurements, discrete readings.
+
+Numbers are squashed by symlog and discrete entries turned into one-hot vectors, all joined into one MLP. The decoder predicts
+every key: numbers by the squared error in symlog space, discrete entries by a categorical.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gymnasium import spaces as gs
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from distributions import Joint, Normal, OneHot, SquaredError, symlog
+from layers import MLP, Linear
+
+from . import image
+
+
+def recognises(space: gs.Space) -> bool:
+    """Discrete spaces, and boxes of any shape that are not images."""
+    if isinstance(space, (gs.Discrete, gs.MultiDiscrete)):
+        return True
+    return isinstance(space, gs.Box) and not image.recognises(space)
+
+
+def classes(space: gs.Space) -> list[int]:
+    """Sizes of a discrete space's categoricals; empty for a box."""
+    if isinstance(space, gs.Discrete):
+        return [int(space.n)]
+    if isinstance(space, gs.MultiDiscrete):
+        return [int(n) for n in space.nvec.flatten()]
+    return []
+
+
+def width(space: gs.Space) -> int:
+    """Numbers that an observation of this space takes as a vector."""
+    return sum(classes(space)) or int(np.prod(space.shape))
+
+
+def as_vector(value: Shaped[Tensor, "..."], space: gs.Space, symlogged: bool) -> Float[Tensor, "*b width"]:
+    """Flattens what comes after the leading axes; one-hot for discrete spaces, symlog for numbers if asked."""
+    lead = value.shape[: value.ndim - len(space.shape)]
+    value = value.reshape(*lead, -1)
+    sizes = classes(space)
+    if sizes:
+        start = np.asarray(getattr(space, "start", 0)).reshape(-1)
+        index = value.long() - torch.as_tensor(start, device=value.device)
+        return torch.cat([F.one_hot(index[..., i], n) for i, n in enumerate(sizes)], -1).float()
+    value = value if value.is_floating_point() else value.float()
+    return symlog(value) if symlogged else value
+
+
+class VectorEncoder(nn.Module):
+    """All vector keys, joined in sorted order, through one MLP: {key: [*b, ...]} -> [*b, units]."""
+
+    def __init__(self, spaces: dict, *, units: int, layers: int, symlog: bool = True, act: str = "silu", **_):
+        super().__init__()
+        self.spaces, self.symlog = spaces, symlog
+        self.mlp = MLP(sum(width(space) for space in spaces.values()), units, layers, act)
+        self.out_size = self.mlp.out_size
+
+    def forward(self, obs: dict[str, Tensor], present: dict[str, Tensor]) -> Float[Tensor, "*b out"]:
+        parts = []
+        for key, space in self.spaces.items():
+            part = as_vector(obs[key], space, self.symlog)
+            parts.append(part * present[key].unsqueeze(-1) if key in present else part)
+        return self.mlp(torch.cat(parts, -1).to(self.mlp[0].linear.weight.dtype) if len(self.mlp) else torch.cat(parts, -1))
+
+
+class VectorDecoder(nn.Module):
+    """One MLP on [deter, stoch], then an output layer per number key and per categorical of a discrete key."""
+
+    def __init__(
+        self,
+        spaces: dict,
+        deter: int,
+        stoch: int,
+        *,
+        units: int,
+        layers: int,
+        vector_dist: str = "symlog_mse",
+        outscale: float = 1.0,
+        act: str = "silu",
+        **_,
+    ):
+        super().__init__()
+        self.spaces, self.dist = spaces, vector_dist
+        self.mlp = MLP(deter + stoch, units, layers, act)
+        self.out = nn.ModuleDict({
+            safe(key): nn.ModuleList(
+                Linear(self.mlp.out_size, n, outscale) for n in classes(space) or [width(space)]
+            )
+            for key, space in spaces.items()
+        })
+
+    def forward(
+        self, deter: Float[Tensor, "*b deter"], stoch: Float[Tensor, "*b stoch"]
+    ) -> dict[str, Joint | Normal | SquaredError]:
+        x = self.mlp(torch.cat([deter, stoch], -1))
+        return {key: self._dist([layer(x) for layer in self.out[safe(key)]], space) for key, space in self.spaces.items()}
+
+    def target(self, key: str, value: Tensor) -> Float[Tensor, "*b width"]:
+        """What the distribution of `key` is scored on."""
+        return as_vector(value, self.spaces[key], symlogged=False)
+
+    def _dist(self, outs: list[Tensor], space: gs.Space) -> Joint | Normal | SquaredError:
+        if classes(space):
+            return Joint([OneHot(logits) for logits in outs])
+        if self.dist == "normal":
+            return Normal(outs[0])
+        return SquaredError(outs[0], squash=self.dist == "symlog_mse")
+
+
+def safe(key: str) -> str:
+    """Module names may not hold dots."""
+    return key.replace(".", "_dot_")

@@ -1,0 +1,379 @@
+"""The world model, and the behaviour that is learned inside its imagination.
+
+`WorldModel` predicts observations, rewards and the end of the episode from a latent state, and has their losses.
+`ImagBehavior` rolls the latent state forward under its own policy and learns actor and critic from what it imagines.
+
+Losses are a dictionary of arrays, one number per replayed step ([B, T]; `repval` [B, T-1]); `total_loss` scales and adds their
+means. Adding a loss is one entry here and one in `loss_scales`. Alignment: step t holds the observation x_t, the reward
+received on arriving at it, and the action chosen at it, so the model consumes the action of the step before.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from layers import Actor, BinaryHead, ScalarHead
+from networks import RSSM, MultiDecoder, MultiEncoder, State, features
+from returns import ReturnNormalizer, SlowTarget, lambda_return
+
+Losses = dict[str, Tensor]
+Metrics = dict[str, Tensor]
+Policy = Callable[[Tensor, object, Tensor, Tensor], tuple[Tensor, object]]
+
+
+class WorldModel(nn.Module):
+    """Encoder, RSSM, decoder, reward head and continue head.
+
+    Args:
+        obs_space: {observation key: gymnasium space}.
+        action: width of the action vector.
+        encoder, decoder, dyn, reward_head, cont_head: their sections of the configuration.
+        horizon: agent steps; with `contdisc` the continue head learns (1 - is_terminal)(1 - 1/horizon).
+        kl_free: nats per step below which each KL term is not pushed.
+        grad_heads: which of decoder, reward, cont send gradient into the latent state.
+    """
+
+    def __init__(
+        self,
+        obs_space: dict,
+        action: int,
+        *,
+        encoder: dict,
+        decoder: dict,
+        dyn: dict,
+        reward_head: dict,
+        cont_head: dict,
+        horizon: float = 333,
+        contdisc: bool = True,
+        kl_free: float = 1.0,
+        grad_heads: Sequence[str] = ("decoder", "reward", "cont", "critic"),
+    ):
+        super().__init__()
+        self.encoder = MultiEncoder(obs_space, **encoder)
+        self.rssm = RSSM(self.encoder.sizes, action, **dyn)
+        self.decoder = MultiDecoder(obs_space, self.rssm.deter, self.rssm.stoch_size, **decoder)
+        self.reward = ScalarHead(self.rssm.feat_size, **reward_head)
+        self.cont = BinaryHead(self.rssm.feat_size, **cont_head)
+        self.discount = 1 - 1 / horizon
+        self.contdisc, self.kl_free, self.grad_heads = contdisc, kl_free, tuple(grad_heads)
+
+    def loss(self, batch: dict, noise: Float[Tensor, "b t ..."]) -> tuple[Losses, State, Metrics]:
+        """Losses [B, T] (`rec/<key>`, `rew`, `con`, `dyn`, `rep`), posterior states [B, T, ...] with gradient, metrics.
+
+        Args:
+            batch: {key: [B, T, ...]} of observations, `action`, `reward`, `is_first`, `is_terminal`, and `context`:
+                {deter, stoch, action, valid} of the step before (see `replay.py`).
+            noise: what the posterior is drawn with.
+        """
+        post, prior = self.observe(batch, noise)
+        feat = features(post)
+        losses = {}
+        present = {key: batch.get(f"present/{key}") for key in self.decoder.keys}
+        decoded = self.decoder(self._stop(post, "decoder"))
+        for key, target in self.decoder.targets(batch).items():
+            loss = decoded[key].loss(target)
+            losses[f"rec/{key}"] = loss if present[key] is None else loss * present[key]
+        losses["rew"] = self.reward(self._stop(feat, "reward")).loss(batch["reward"])
+        goes_on = (~batch["is_terminal"]).to(feat.dtype)
+        losses["con"] = self.cont(self._stop(feat, "cont")).loss(goes_on * self.discount if self.contdisc else goes_on)
+        dyn, rep = self.rssm.kl(post, prior)
+        losses["dyn"], losses["rep"] = dyn.clamp(min=self.kl_free), rep.clamp(min=self.kl_free)
+        return losses, post, self._metrics(losses, post, prior, dyn)
+
+    def observe(self, batch: dict, noise: Tensor | None = None) -> tuple[State, State]:
+        """Posterior and prior states [B, T, ...] of a replayed batch, from its stored context."""
+        context = batch["context"]
+        # A window whose context has no stored latent starts like an episode does: zero state, zero previous action.
+        is_first = torch.cat([batch["is_first"][:, :1] | ~context["valid"][:, None], batch["is_first"][:, 1:]], 1)
+        prev_action = torch.cat([context["action"][:, None], batch["action"][:, :-1]], 1)
+        state = self.unpack(context["deter"], context["stoch"])
+        return self.rssm.observe(self.encoder(batch), prev_action, is_first, state, noise)
+
+    def unpack(self, deter: Tensor, stoch: Tensor) -> State:
+        """Latents as stored (half precision, class indices) to a state."""
+        dtype = self.rssm.post_out.weight.dtype
+        if self.rssm.discrete:
+            stoch = F.one_hot(stoch.long(), self.rssm.discrete)
+        return {"deter": deter.to(dtype), "stoch": stoch.to(dtype)}
+
+    def pack(self, state: State) -> tuple[Tensor, Tensor]:
+        """A state to latents as stored: deter in half precision, stoch as one class index per variable."""
+        stoch = state["stoch"].detach()
+        return state["deter"].detach().half(), stoch.argmax(-1).to(torch.uint8) if self.rssm.discrete else stoch.half()
+
+    def imagine(self, start: State, policy: Policy, carry: object, horizon: int, noise: dict) -> dict[str, Tensor]:
+        """Rolls out `policy(feat, carry, is_first, noise) -> action, carry` in the prior.
+
+        Args:
+            start: states [N, ...].
+            noise: `prior` [horizon, N, *noise_shape] and `action` [horizon + 1, N, action].
+        Returns:
+            `feat` [N, horizon + 1, feat] and `action` [N, horizon + 1, action]: one more action is chosen at the last state.
+        """
+        state, feats, actions = start, [features(start)], []
+        is_first = torch.zeros(len(start["deter"]), dtype=torch.bool, device=start["deter"].device)
+        for step in range(horizon + 1):
+            action, carry = policy(feats[-1], carry, is_first, noise["action"][step])
+            actions.append(action)
+            if step < horizon:
+                state = self.rssm.img_step(state, action, noise["prior"][step])
+                feats.append(features(state))
+        return {"feat": torch.stack(feats, 1), "action": torch.stack(actions, 1)}
+
+    @torch.no_grad()
+    def predict(self, batch: dict, context: int) -> dict[str, Tensor]:
+        """Open-loop prediction: posterior for `context` steps, then the prior under the recorded actions.
+
+        Returns {key: [B, T, ...]} of the modes of all decoded observations.
+        """
+        post, _ = self.observe(batch)
+        last = {key: post[key][:, context - 1] for key in ("deter", "stoch")}
+        prior = self.rssm.imagine(batch["action"][:, context - 1 : -1], last)
+        state = {key: torch.cat([post[key][:, :context], prior[key]], 1) for key in ("deter", "stoch")}
+        return {key: dist.mode() for key, dist in self.decoder(state).items()}
+
+    def _stop(self, x, head: str):
+        if head in self.grad_heads:
+            return x
+        return {key: value.detach() for key, value in x.items()} if isinstance(x, dict) else x.detach()
+
+    @torch.no_grad()
+    def _metrics(self, losses: Losses, post: State, prior: State, kl: Tensor) -> Metrics:
+        recon = {key[len("rec/") :]: loss.mean() for key, loss in losses.items() if key.startswith("rec/")}
+        return {
+            "world/recon_loss": sum(recon.values()),
+            **{f"world/recon_{key}": loss for key, loss in recon.items()},
+            "world/reward_loss": losses["rew"].mean(),
+            "world/cont_loss": losses["con"].mean(),
+            "world/kl_loss": kl.mean(),
+            "world/dyn_loss": losses["dyn"].mean(),
+            "world/rep_loss": losses["rep"].mean(),
+            "world/prior_entropy": self.rssm.entropy(prior).mean(),
+            "world/post_entropy": self.rssm.entropy(post).mean(),
+        }
+
+
+class Stream(nn.Module):
+    """One stream of rewards with its own critic, slow critic and return normaliser.
+
+    Args:
+        reward: (world_model, trajectory) -> [N, H], entry t for the transition (s_t, a_t, s_{t+1}).
+        scale: weight of this stream's advantage.
+        discount: per agent step.
+        critic: options of the value head; `slow_*` options say how the slow critic is used and moves.
+        retnorm: options of the return normaliser, or None for none.
+    """
+
+    def __init__(
+        self, reward: Callable, feat_size: int, *, scale: float, discount: float, critic: dict, retnorm: dict | None
+    ):
+        super().__init__()
+        critic = dict(critic)
+        self.slow_regularizer = critic.pop("slow_regularizer")
+        self.slow_target = critic.pop("slow_target")
+        every, fraction = critic.pop("slow_target_update"), critic.pop("slow_target_fraction")
+        self.reward, self.scale, self.discount = reward, scale, discount
+        self.critic = ScalarHead(feat_size, **critic)
+        self.slow_critic = SlowTarget(self.critic, fraction, every)
+        self.retnorm = ReturnNormalizer(**retnorm) if retnorm else None
+
+    def value_loss(self, feat: Tensor, dist, target: Float[Tensor, "b t"]) -> Float[Tensor, "b t+1"]:
+        """Critic loss against the returns of all but the last state, and against the slow critic. The last entry is void."""
+        padded = F.pad(target.detach(), (0, 1))
+        slow = self.slow_critic(feat.detach()).mode()
+        return dist.loss(padded) + self.slow_regularizer * dist.loss(slow)
+
+    def target_value(self, feat: Tensor) -> Tensor:
+        """Values that returns are bootstrapped with, with gradient to `feat`."""
+        return (self.slow_critic.model if self.slow_target else self.critic)(feat).mode()
+
+    def normalized(self, advantage: Tensor) -> Tensor:
+        return advantage / self.retnorm.scale if self.retnorm else advantage
+
+
+def extrinsic_reward(world_model: WorldModel, traj: dict[str, Tensor]) -> Float[Tensor, "n h"]:
+    """The reward head's expectation for each transition. Here, once, the reward of *arriving* at s_{t+1} becomes entry t."""
+    return world_model.reward(traj["feat"]).mode()[:, 1:]
+
+
+class ImagBehavior(nn.Module):
+    """Actor and critic learned from imagined trajectories that start at every replayed state.
+
+    Args:
+        feat_size, action_size, classes: widths of state and action; sizes of the discrete groups, empty for continuous.
+        imag_gradient: reinforce, dynamics (the gradient of the return through the model and the sampled actions), or both.
+        imag_gradient_mix: share of dynamics in both.
+        horizon, contdisc: the discount is 1 - 1/horizon, inside the continue head's prediction if `contdisc`.
+        reward_EMA: scale advantages by the moving range of returns.
+    """
+
+    def __init__(
+        self,
+        feat_size: int,
+        action_size: int,
+        classes: Sequence[int],
+        *,
+        actor: dict,
+        critic: dict,
+        retnorm: dict,
+        imag_horizon: int = 15,
+        imag_gradient: str = "reinforce",
+        imag_gradient_mix: float = 0.1,
+        horizon: float = 333,
+        contdisc: bool = True,
+        discount_lambda: float = 0.95,
+        reward_EMA: bool = True,
+    ):
+        super().__init__()
+        actor = dict(actor)
+        self.entropy_scale = actor.pop("entropy")
+        self.actor = Actor(feat_size, action_size, classes, **actor)
+        self.discount, self.contdisc, self.lam = 1 - 1 / horizon, contdisc, discount_lambda
+        self.imag_horizon = imag_horizon
+        self.dynamics_share = {"reinforce": 0.0, "dynamics": 1.0, "both": imag_gradient_mix}[imag_gradient]
+        self.streams = nn.ModuleDict(
+            {
+                "extrinsic": Stream(
+                    extrinsic_reward,
+                    feat_size,
+                    scale=1.0,
+                    discount=self.discount,
+                    critic=critic,
+                    retnorm=retnorm if reward_EMA else None,
+                )
+            }
+        )
+
+    def initial(self, batch: int) -> None:
+        """The flat policy carries nothing between steps."""
+        return None
+
+    def policy(self, feat: Tensor, carry: None, is_first: Tensor, noise: Tensor | None) -> tuple[Tensor, None]:
+        """Action [*b, action] drawn with `noise` (the mode if None)."""
+        dist = self.actor(feat)
+        return (dist.mode() if noise is None else dist.sample(noise)), carry
+
+    def loss(self, world_model: WorldModel, post: State, batch: dict, noise: dict) -> tuple[Losses, Metrics]:
+        """Losses `policy`, `value` [B, T] (means over the horizon) and `repval` [B, T-1].
+
+        Args:
+            post: posterior states [B, T, ...]: starts of imagination without gradient, the replay value loss with it.
+            noise: as in `WorldModel.imagine`.
+        """
+        shape = batch["reward"].shape
+        start = {key: post[key].detach().flatten(0, 1) for key in ("deter", "stoch")}
+        backprop = self.dynamics_share > 0
+        with frozen(world_model) if backprop else torch.no_grad():
+            traj = world_model.imagine(start, self._rollout_policy, self.initial(shape.numel()), self.imag_horizon, noise)
+            cont = world_model.cont(traj["feat"]).prob
+        feat, action = traj["feat"].detach(), traj["action"].detach()
+        weight = self._weight(cont).detach()[:, :-1]
+
+        losses, metrics, advantage = {}, {}, 0.0
+        for name, stream in self.streams.items():
+            dist = stream.critic(feat)
+            value = dist.mode().detach()
+            with frozen(world_model, stream) if backprop else torch.no_grad():
+                if backprop or stream.slow_target:
+                    value = stream.target_value(traj["feat"])
+                reward = stream.reward(world_model, traj)
+                ret = lambda_return(reward, value, self._live(cont, stream.discount)[:, 1:], self.lam)
+            if stream.retnorm:
+                stream.retnorm.update(ret)
+            advantage = advantage + stream.scale * stream.normalized(ret - dist.mode().detach()[:, :-1])
+            suffix = "" if name == "extrinsic" else f"/{name}"
+            value_loss = (weight * stream.value_loss(feat, dist, ret)[:, :-1]).mean(1)
+            losses[f"value{suffix}"] = value_loss.unflatten(0, shape)
+            if stream.reward is extrinsic_reward:
+                boot = ret[:, 0].detach().unflatten(0, shape)
+                losses["repval"] = self._replay_value_loss(stream, world_model, post, batch, boot)
+            metrics |= self._stream_metrics(suffix, ret, dist, reward)
+
+        dist = self.actor(feat)
+        entropy = dist.entropy()[:, :-1]
+        objective = self._objective(dist.log_prob(action)[:, :-1], advantage)
+        losses["policy"] = -(weight * (objective + self.entropy_scale * entropy)).mean(1).unflatten(0, shape)
+        metrics |= {
+            "policy/policy_loss": losses["policy"].detach().mean(),
+            "policy/value_loss": losses["value"].detach().mean(),
+            "policy/repval_loss": losses["repval"].detach().mean(),
+            "policy/entropy": entropy.detach().mean(),
+            "policy/advantage": advantage.detach().mean(),
+            "policy/advantage_std": advantage.detach().std(),
+            "policy/cont": cont.detach().mean(),
+        }
+        return losses, metrics
+
+    def after_step(self) -> None:
+        """Call after every optimizer step: the slow critics follow."""
+        for stream in self.streams.values():
+            stream.slow_critic.update(stream.critic)
+
+    def _rollout_policy(self, feat: Tensor, carry: None, is_first: Tensor, noise: Tensor) -> tuple[Tensor, None]:
+        # Gradient reaches the actor through its actions' consequences, not through the states it has looked at.
+        return self.policy(feat.detach(), carry, is_first, noise)
+
+    def _live(self, cont: Tensor, discount: float) -> Tensor:
+        """Discount times probability of going on; `cont` already holds the task's discount if `contdisc`."""
+        return cont * (discount / self.discount if self.contdisc else discount)
+
+    def _weight(self, cont: Float[Tensor, "n h+1"]) -> Float[Tensor, "n h+1"]:
+        """Discounted probability of still being in each state: cumprod(disc cont) / disc. It leaves out the action's outcome."""
+        discount = 1.0 if self.contdisc else self.discount
+        return torch.cumprod(discount * cont, 1) / discount
+
+    def _objective(self, log_prob: Float[Tensor, "n h"], advantage: Float[Tensor, "n h"]) -> Float[Tensor, "n h"]:
+        reinforce = log_prob * advantage.detach()
+        share = self.dynamics_share
+        return reinforce if not share else share * advantage + (1 - share) * reinforce
+
+    def _replay_value_loss(
+        self, stream: Stream, world_model: WorldModel, post: State, batch: dict, boot: Float[Tensor, "b t"]
+    ) -> Float[Tensor, "b t-1"]:
+        """Critic loss on the replayed states and rewards; `boot` is the imagined return of each state.
+
+        R_t = r_{t+1} + disc (1 - is_terminal_{t+1}) ((1 - λ_t) boot_{t+1} + λ_t R_{t+1}), λ_t = λ (1 - is_last_{t+1}).
+        """
+        feat = features(post)
+        feat = feat if "critic" in world_model.grad_heads else feat.detach()
+        last, terminal = (batch[key].to(boot.dtype)[:, 1:] for key in ("is_last", "is_terminal"))
+        ret = lambda_return(batch["reward"][:, 1:], boot, stream.discount * (1 - terminal), self.lam * (1 - last))
+        loss = stream.value_loss(feat, stream.critic(feat), ret)[:, :-1]
+        return loss * (~batch["is_last"][:, :-1]).to(loss.dtype)
+
+    @torch.no_grad()
+    def _stream_metrics(self, suffix: str, ret: Tensor, dist, reward: Tensor) -> Metrics:
+        return {
+            f"policy/return{suffix}": ret.mean(),
+            f"policy/value{suffix}": dist.mode().mean(),
+            f"policy/reward{suffix}": reward.mean(),
+        }
+
+
+def total_loss(losses: Losses, scales: dict[str, float]) -> Float[Tensor, ""]:
+    """Sum of the scaled means. `rec/<key>` takes the scale `rec`, unless it has one of its own.
+
+    Raises KeyError for a loss without a scale or a scale without a loss.
+    """
+    used = {name: name if name in scales else name.split("/")[0] for name in losses}
+    missing, unused = set(used.values()) - set(scales), set(scales) - set(used.values())
+    if missing or unused:
+        raise KeyError(f"Losses without a scale: {sorted(missing)}; scales without a loss: {sorted(unused)}")
+    return sum(loss.mean() * scales[used[name]] for name, loss in losses.items())
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Gradient flows through these modules, but not into their parameters."""
+    params = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for p in params:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in params:
+            p.requires_grad_(True)

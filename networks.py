@@ -1,0 +1,337 @@
+"""The networks of the world model: what observations become, how the latent state moves, what observations are predicted.
+
+`MultiEncoder` turns each kind of observation into one embedding with a presence flag, `RSSM` (recurrent state-space model)
+keeps the latent state and owns the fusion of the embeddings, `MultiDecoder` predicts observations from the state.
+
+A latent state is a dict: `deter` [*b, deter], `stoch` [*b, stoch, classes] (one-hot; [*b, stoch] for Gaussian latents), and
+the statistics it was drawn from: `logit` [*b, stoch, classes], or `mean` and `std` [*b, stoch].
+Arrays are batch first, [batch, time, ...]. Randomness is an input: Gumbel noise [*b, stoch, classes] for categorical latents, standard
+normal [*b, stoch] for Gaussian ones, zeros for the mode.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from distributions import Normal, OneHot, full_precision
+from layers import ACTIVATIONS, MLP, BlockLinear, Dense, Linear, RMSNorm
+from modalities import MODALITY_CONFIGS, select
+
+State = dict[str, Tensor]
+Tokens = dict[str, tuple[Tensor, Tensor]]  # kind of observation -> (embedding [*b, size], present [*b])
+
+
+class MultiEncoder(nn.Module):
+    """One encoder per kind of observation. `sizes` maps each kind to the width of its embedding.
+
+    Args:
+        spaces: {observation key: gymnasium space}.
+        mlp_keys, cnn_keys: regular expressions that choose the keys of vectors and images.
+        options: the encoder's section of the configuration; each kind takes what it knows.
+    """
+
+    def __init__(self, spaces: dict, *, mlp_keys: str = ".*", cnn_keys: str = ".*", **options):
+        super().__init__()
+        self.kinds = select(spaces, {"mlp_keys": mlp_keys, "cnn_keys": cnn_keys}, "encoder")
+        self.encoders = nn.ModuleDict(
+            {kind: MODALITY_CONFIGS[kind].encoder(chosen, **options) for kind, chosen in self.kinds.items()}
+        )
+        self.sizes = {kind: encoder.out_size for kind, encoder in self.encoders.items()}
+
+    def forward(self, obs: dict[str, Tensor]) -> Tokens:
+        """Embeds {key: [*b, ...]}. `present/<key>` [*b] flags say which observations were there; without one, all were."""
+        present = {key[len("present/") :]: value for key, value in obs.items() if key.startswith("present/")}
+        return {kind: (encoder(obs, present), self._any(kind, obs, present)) for kind, encoder in self.encoders.items()}
+
+    def _any(self, kind: str, obs: dict[str, Tensor], present: dict[str, Tensor]) -> Bool[Tensor, "*b"]:
+        """A kind is present where any of its keys is."""
+        keys = list(self.kinds[kind])
+        flags = [present[key].bool() for key in keys if key in present]
+        if len(flags) < len(keys):
+            first, space = obs[keys[0]], self.kinds[kind][keys[0]]
+            return torch.ones(first.shape[: first.ndim - len(space.shape)], dtype=torch.bool, device=first.device)
+        return torch.stack(flags).any(0)
+
+
+class MultiDecoder(nn.Module):
+    """One decoder per kind of observation; `forward` gives {key: distribution} and `targets` what they are scored on.
+
+    Args:
+        deter, stoch: widths of the deterministic and of the flattened stochastic state.
+    """
+
+    def __init__(
+        self, spaces: dict, deter: int, stoch: int, *, mlp_keys: str = ".*", cnn_keys: str = ".*", **options
+    ):
+        super().__init__()
+        self.kinds = select(spaces, {"mlp_keys": mlp_keys, "cnn_keys": cnn_keys}, "decoder")
+        self.decoders = nn.ModuleDict(
+            {
+                kind: MODALITY_CONFIGS[kind].decoder(chosen, deter, stoch, **options)
+                for kind, chosen in self.kinds.items()
+            }
+        )
+
+    @property
+    def keys(self) -> list[str]:
+        """The observation keys that are predicted."""
+        return [key for chosen in self.kinds.values() for key in chosen]
+
+    def forward(self, state: State) -> dict:
+        """State [*b, ...] -> {key: distribution over [*b, ...]}."""
+        stoch = flatten_stoch(state)
+        return {k: dist for decoder in self.decoders.values() for k, dist in decoder(state["deter"], stoch).items()}
+
+    def targets(self, obs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            key: self.decoders[kind].target(key, obs[key]) for kind, chosen in self.kinds.items() for key in chosen
+        }
+
+
+def flatten_stoch(state: State) -> Float[Tensor, "*b stoch"]:
+    """[*b, stoch * classes], whether latents are categorical or Gaussian."""
+    extra = state["stoch"].ndim - state["deter"].ndim
+    return state["stoch"].flatten(-1 - extra)
+
+
+def features(state: State) -> Float[Tensor, "*b feat"]:
+    """What heads, actor and critic see: [deter, flattened stoch]."""
+    return torch.cat([state["deter"], flatten_stoch(state)], -1)
+
+
+class BlockGRU(nn.Module):
+    """The recurrence h_t = f(h_{t-1}, z_{t-1}, a_{t-1}) with block-diagonal weights (paper, "Network architecture").
+
+    Each input goes through its own dense layer; every block sees its slice of `deter` and all three results. The gates are
+    split inside each block into reset, candidate, update; the update gate is biased towards keeping the state.
+    """
+
+    def __init__(
+        self, deter: int, stoch: int, action: int, *, hidden: int, blocks: int, layers: int = 1, act: str = "silu"
+    ):
+        super().__init__()
+        self.blocks, self.act = blocks, ACTIVATIONS[act]
+        block = deter // blocks
+        self.from_deter = Dense(deter, hidden, act)
+        self.from_stoch = Dense(stoch, hidden, act)
+        self.from_action = Dense(action, hidden, act)
+        self.hidden = nn.ModuleList(
+            BlockLinear(blocks, block + 3 * hidden if n == 0 else block, block) for n in range(layers)
+        )
+        self.norms = nn.ModuleList(RMSNorm(deter) for _ in range(layers))
+        self.gates = BlockLinear(blocks, block, 3 * block)
+
+    def forward(
+        self, deter: Float[Tensor, "b deter"], stoch: Float[Tensor, "b stoch"], action: Float[Tensor, "b action"]
+    ) -> Float[Tensor, "b deter"]:
+        shared = torch.cat([self.from_deter(deter), self.from_stoch(stoch), self.from_action(action)], -1)
+        blocked = deter.unflatten(-1, (self.blocks, -1))
+        x = torch.cat([blocked.to(shared.dtype), shared.unsqueeze(1).expand(-1, self.blocks, -1)], -1)
+        for linear, norm in zip(self.hidden, self.norms, strict=True):
+            x = self.act(norm(linear(x))).unflatten(-1, (self.blocks, -1))
+        gates = self.gates(x).to(deter.dtype).unflatten(-1, (self.blocks, 3, -1))
+        reset, cand, update = (gate.flatten(1) for gate in gates.unbind(2))
+        update = torch.sigmoid(update - 1)
+        return update * torch.tanh(torch.sigmoid(reset) * cand) + (1 - update) * deter
+
+
+class GRU(nn.Module):
+    """The recurrence of the 2023 version: a dense layer of [stoch, action], then a GRU whose gates are normalised together."""
+
+    def __init__(
+        self, deter: int, stoch: int, action: int, *, hidden: int, blocks: int = 1, layers: int = 1, act: str = "silu"
+    ):
+        super().__init__()
+        self.mlp = MLP(stoch + action, hidden, layers, act)
+        self.gates = Linear(self.mlp.out_size + deter, 3 * deter)
+        self.norm = RMSNorm(3 * deter)
+
+    def forward(
+        self, deter: Float[Tensor, "b deter"], stoch: Float[Tensor, "b stoch"], action: Float[Tensor, "b action"]
+    ) -> Float[Tensor, "b deter"]:
+        x = self.mlp(torch.cat([stoch, action], -1))
+        gates = self.norm(self.gates(torch.cat([x, deter.to(x.dtype)], -1))).to(deter.dtype)
+        reset, cand, update = gates.chunk(3, -1)
+        update = torch.sigmoid(update - 1)
+        return update * torch.tanh(torch.sigmoid(reset) * cand) + (1 - update) * deter
+
+
+CELLS = {"block_gru": BlockGRU, "gru": GRU}
+
+
+class ConcatFusion(nn.Module):
+    """First part of the posterior: joins [deter, embeddings] and maps them through dense layers.
+
+    In two parts, so that a scan over time repeats only what needs the recurrent state: `prepare` multiplies the embeddings of
+    all steps with their part of the first layer's weights, `step` adds the part of `deter`. An absent kind counts as zeros.
+    """
+
+    def __init__(self, deter: int, sizes: dict[str, int], *, hidden: int, layers: int = 1, act: str = "silu"):
+        super().__init__()
+        self.deter = deter
+        self.first = Dense(deter + sum(sizes.values()), hidden, act)
+        self.rest = MLP(hidden, hidden, layers - 1, act)
+
+    def prepare(self, tokens: Tokens) -> Float[Tensor, "*b hidden"]:
+        embed = torch.cat([embed * present.unsqueeze(-1) for embed, present in tokens.values()], -1)
+        return F.linear(embed, self.first.linear.weight[:, self.deter :], self.first.linear.bias)
+
+    def step(self, deter: Float[Tensor, "*b deter"], prepared: Float[Tensor, "*b hidden"]) -> Float[Tensor, "*b hidden"]:
+        x = prepared + F.linear(deter, self.first.linear.weight[:, : self.deter])
+        return self.rest(self.first.act(self.first.norm(x)))
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model: `deter` follows the past, `stoch` says what is seen now (posterior) or expected (prior).
+
+    Args:
+        sizes: width of each kind's embedding (`MultiEncoder.sizes`).
+        action: width of the action vector.
+        cell: block_gru, or gru (2023).
+        stoch, discrete: latent variables and classes of each; `discrete` 0 makes them Gaussian with deviations above `min_std`.
+        obs_layers, img_layers, dyn_layers: hidden layers of posterior, prior and recurrence.
+        unimix_ratio: share of the uniform distribution in every categorical.
+    """
+
+    def __init__(
+        self,
+        sizes: dict[str, int],
+        action: int,
+        *,
+        deter: int,
+        hidden: int,
+        stoch: int,
+        discrete: int,
+        blocks: int = 8,
+        cell: str = "block_gru",
+        dyn_layers: int = 1,
+        obs_layers: int = 1,
+        img_layers: int = 2,
+        unimix_ratio: float = 0.01,
+        min_std: float = 0.1,
+        act: str = "silu",
+    ):
+        super().__init__()
+        if cell == "block_gru" and deter % blocks:
+            raise ValueError(f"deter ({deter}) must be a multiple of blocks ({blocks}).")
+        self.deter, self.stoch, self.discrete = deter, stoch, discrete
+        self.unimix, self.min_std = unimix_ratio, min_std
+        self.stoch_size = stoch * max(1, discrete)
+        self.feat_size = deter + self.stoch_size
+        stats = stoch * (discrete or 2)
+        self.core = CELLS[cell](
+            deter, self.stoch_size, action, hidden=hidden, blocks=blocks, layers=dyn_layers, act=act
+        )
+        self.fusion = ConcatFusion(deter, sizes, hidden=hidden, layers=obs_layers, act=act)
+        self.post_out = Linear(hidden, stats)
+        self.prior_net = MLP(deter, hidden, img_layers, act)
+        self.prior_out = Linear(self.prior_net.out_size, stats)
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the noise that one latent state is drawn with."""
+        return (self.stoch, self.discrete) if self.discrete else (self.stoch,)
+
+    def initial(self, batch: int) -> State:
+        """The zero state that every episode starts from."""
+        weight = self.post_out.weight
+        zeros = {"deter": weight.new_zeros(batch, self.deter), "stoch": weight.new_zeros(batch, *self.noise_shape)}
+        return zeros
+
+    def observe(
+        self,
+        tokens: Tokens,
+        action: Float[Tensor, "b t action"],
+        is_first: Bool[Tensor, "b t"],
+        state: State | None = None,
+        noise: Float[Tensor, "b t ..."] | None = None,
+    ) -> tuple[State, State]:
+        """Posterior and prior states of a sequence, both [b, t, ...] (the prior has statistics only).
+
+        Args:
+            action: the action taken *before* each step, a_{t-1}.
+            state: latent state before the first step; zeros if not given.
+            noise: [b, t, *noise_shape]; without it every latent is the mode.
+        """
+        batch, time = is_first.shape
+        state = state or self.initial(batch)
+        prepared = self.fusion.prepare(tokens)
+        noises = [None] * time if noise is None else noise.unbind(1)
+        steps = []
+        for t in range(time):
+            state = self._obs_step(state, action[:, t], prepared[:, t], is_first[:, t], noises[t])
+            steps.append(state)
+        post = {key: torch.stack([step[key] for step in steps], 1) for key in steps[0]}
+        return post, self.prior(post["deter"])
+
+    def imagine(
+        self, action: Float[Tensor, "b t action"], state: State, noise: Float[Tensor, "b t ..."] | None = None
+    ) -> State:
+        """Open-loop prior states [b, t, ...] after each of the given actions."""
+        noises = [None] * action.shape[1] if noise is None else noise.unbind(1)
+        steps = []
+        for t in range(action.shape[1]):
+            state = self.img_step(state, action[:, t], noises[t])
+            steps.append(state)
+        return {key: torch.stack([step[key] for step in steps], 1) for key in steps[0]}
+
+    def obs_step(
+        self,
+        state: State,
+        action: Float[Tensor, "b action"],
+        tokens: Tokens,
+        is_first: Bool[Tensor, "b"],
+        noise: Tensor | None = None,
+    ) -> State:
+        """Posterior after one observation: state and previous action are zeroed where `is_first`."""
+        return self._obs_step(state, action, self.fusion.prepare(tokens), is_first, noise)
+
+    def img_step(self, state: State, action: Float[Tensor, "b action"], noise: Tensor | None = None) -> State:
+        """Prior after one action."""
+        deter = self._advance(state, action)
+        stats = self.prior(deter)
+        return {"deter": deter, "stoch": self.draw(stats, noise), **stats}
+
+    def prior(self, deter: Float[Tensor, "*b deter"]) -> State:
+        """Statistics of the stochastic state as expected from the deterministic one."""
+        return self._stats(self.prior_out(self.prior_net(deter)))
+
+    def dist(self, state: State) -> OneHot | Normal:
+        """The distribution that a state's `stoch` was (or would be) drawn from."""
+        return OneHot(state["logit"], self.unimix) if self.discrete else Normal(state["mean"], state["std"])
+
+    def draw(self, stats: State, noise: Tensor | None) -> Tensor:
+        dist = self.dist(stats)
+        return (dist.mode() if noise is None else dist.sample(noise)).to(self.post_out.weight.dtype)
+
+    def kl(self, post: State, prior: State) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
+        """KL of each step in nats, summed over the latents: (dyn, rep) = KL(sg(post) ‖ prior), KL(post ‖ sg(prior))."""
+        post, prior = self.dist(post), self.dist(prior)
+        dyn, rep = post.detach().kl(prior), post.kl(prior.detach())
+        return (dyn.sum(-1), rep.sum(-1)) if self.discrete else (dyn, rep)
+
+    def entropy(self, state: State) -> Float[Tensor, "*b"]:
+        """Entropy in nats, summed over the latents."""
+        entropy = self.dist(state).entropy()
+        return entropy.sum(-1) if self.discrete else entropy
+
+    def _obs_step(
+        self, state: State, action: Tensor, prepared: Tensor, is_first: Tensor, noise: Tensor | None
+    ) -> State:
+        keep = (~is_first).to(action.dtype)
+        kept = {key: state[key] * keep.view(-1, *[1] * (state[key].ndim - 1)) for key in ("deter", "stoch")}
+        deter = self._advance(kept, action * keep.unsqueeze(-1))
+        stats = self._stats(self.post_out(self.fusion.step(deter, prepared)))
+        return {"deter": deter, "stoch": self.draw(stats, noise), **stats}
+
+    def _advance(self, state: State, action: Float[Tensor, "b action"]) -> Float[Tensor, "b deter"]:
+        """The recurrence. Actions beyond ±1 (policies are not squashed) count by their sign, each on its own."""
+        action = action / action.detach().abs().clamp(min=1.0)
+        return self.core(state["deter"], flatten_stoch(state), action)
+
+    def _stats(self, out: Float[Tensor, "*b stats"]) -> State:
+        if self.discrete:
+            return {"logit": out.unflatten(-1, (self.stoch, self.discrete))}
+        mean, std = full_precision(out).chunk(2, -1)
+        return {"mean": mean, "std": 2 * torch.sigmoid(std / 2) + self.min_std}

@@ -1,0 +1,162 @@
+"""One optimizer for the whole agent: LaProp with adaptive gradient clipping, in flat buffers.
+
+All parameters of a part (world, actor, critic, intrinsic) lie side by side in one buffer, and so do their gradients and
+moments: clipping, moments, the update and a future all-reduce are a few operations over whole parts instead of a few per tensor.
+
+Sources: LaProp (Ziyin et al. 2020, arXiv 2002.04839), AGC (Brock et al. 2021, arXiv 2102.06171), as combined in the paper.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+Named = Iterable[tuple[str, nn.Parameter]]
+
+
+class Group:
+    """The parameters of one part of the agent, laid into one flat buffer, with what the optimizer keeps about them.
+
+    Builds views: `parameter.data` and `parameter.grad` become slices of `data` and `grad`, so modules must be on their
+    device before, and are not moved after.
+    """
+
+    def __init__(self, named: Named, lr: float):
+        self.names, self.params = zip(*named, strict=True)
+        first = self.params[0]
+        sizes = [p.numel() for p in self.params]
+        self.data = torch.cat([p.data.reshape(-1) for p in self.params])
+        self.grad = torch.zeros_like(self.data)
+        self.second = torch.zeros_like(self.data)
+        self.first = torch.zeros_like(self.data)
+        self.lr = torch.tensor(lr, dtype=torch.float32, device=first.device)
+        for p, data, grad in zip(self.params, self.data.split(sizes), self.grad.split(sizes), strict=True):
+            p.data, p.grad = data.view(p.shape), grad.view(p.shape)
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Views of a flat buffer of this group, one per parameter and in its shape."""
+        sizes = [p.numel() for p in self.params]
+        return [v.view(p.shape) for v, p in zip(flat.split(sizes), self.params, strict=True)]
+
+
+class Optimizer:
+    """`step(loss)` does backward, clipping, moments and the update of every group.
+
+    A loss or gradient that is not finite masks the whole update on the device (parameters, moments and the step counter stay
+    as they are); `bad` counts such updates in a row and `bad_total` all of them, to be read when metrics are.
+
+    Args:
+        groups: name -> (named parameters, learning rate); empty groups are left out.
+        name: laprop (second moment first, then momentum) or adam.
+        agc: clip each tensor's gradient to `agc * max(pmin, ‖p‖)`; 0 turns it off.
+        clip: clip each group's whole gradient to this norm; 0 turns it off.
+        warmup: updates over which the rate rises linearly; the first update has rate 0.
+    """
+
+    def __init__(
+        self,
+        groups: dict[str, tuple[Named, float]],
+        *,
+        name: str = "laprop",
+        agc: float = 0.3,
+        pmin: float = 1e-3,
+        clip: float = 0.0,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-20,
+        warmup: int = 1000,
+    ):
+        listed = {key: (list(named), lr) for key, (named, lr) in groups.items()}
+        self.groups = {key: Group(named, lr) for key, (named, lr) in listed.items() if named}
+        self.laprop = {"laprop": True, "adam": False}[name]
+        self.agc, self.pmin, self.clip = agc, pmin, clip
+        self.beta1, self.beta2, self.eps, self.warmup = beta1, beta2, eps, warmup
+        device = next(iter(self.groups.values())).data.device
+        self.updates, self.bad, self.bad_total = (torch.zeros((), device=device) for _ in range(3))
+
+    def step(self, loss: Float[Tensor, ""]) -> dict[str, Float[Tensor, ""]]:
+        """One update. Returns `grad_norm` (before clipping), `update_rms` (how far the weights moved), `bad_updates`."""
+        self.backward(loss)
+        return self.apply(torch.isfinite(loss.detach()))
+
+    def backward(self, loss: Float[Tensor, ""]) -> None:
+        """Fills the gradient buffers. Gradients of several processes are to be reduced between this and `apply`."""
+        for group in self.groups.values():
+            group.grad.zero_()
+        loss.backward()
+
+    @torch.no_grad()
+    def apply(self, finite: Bool[Tensor, ""]) -> dict[str, Float[Tensor, ""]]:
+        """Updates the weights from the gradients that lie in the groups' buffers."""
+        groups = self.groups.values()
+        norm = torch.stack([g.grad.norm() for g in groups]).norm()
+        ok = finite & torch.isfinite(norm)
+        self.updates += ok
+        self.bad.copy_(torch.where(ok, 0.0, self.bad + 1))
+        self.bad_total += ~ok
+        squares = sum(self._update(group, ok) for group in groups)
+        rms = (squares / sum(g.data.numel() for g in groups)).sqrt()
+        return {"grad_norm": norm, "update_rms": rms, "bad_updates": self.bad_total.clone()}
+
+    def _update(self, group: Group, ok: Bool[Tensor, ""]) -> Float[Tensor, ""]:
+        """Clips, updates the moments and the weights of one group; returns the sum of squares of the movement."""
+        grad = group.grad.masked_fill_(~ok, 0.0)  # a NaN would survive a product with 0
+        if self.agc:
+            self._clip_tensors(group)
+        if self.clip:
+            grad.mul_((self.clip / grad.norm().clamp(min=self.clip)).to(grad.dtype))
+        live = ok.to(grad.dtype)
+        count = self.updates.to(torch.float64 if grad.device.type != "mps" else torch.float32).clamp(min=1)
+        correct1, correct2 = ((1 - beta**count).to(grad.dtype) for beta in (self.beta1, self.beta2))
+        rate = (group.lr * self._warmup()).to(grad.dtype) * live
+        group.second.lerp_(grad.square(), (1 - self.beta2) * live)
+        scale = (group.second / correct2).sqrt_().add_(self.eps)
+        if self.laprop:
+            group.first.lerp_(grad.div_(scale), (1 - self.beta1) * live)
+            move = (group.first / correct1).mul_(rate)
+        else:
+            group.first.lerp_(grad, (1 - self.beta1) * live)
+            move = (group.first / correct1).div_(scale).mul_(rate)
+        group.data.sub_(move)
+        return move.square_().sum()
+
+    def _warmup(self) -> Float[Tensor, ""]:
+        return ((self.updates - 1) / self.warmup).clamp(0, 1) if self.warmup else torch.ones_like(self.updates)
+
+    def _clip_tensors(self, group: Group) -> None:
+        grads = group.split(group.grad)
+        weights = torch.stack(torch._foreach_norm(group.split(group.data)))
+        norms = torch.stack(torch._foreach_norm(grads))
+        scales = 1 / (norms / (self.agc * weights.clamp(min=self.pmin))).clamp(min=1.0)
+        torch._foreach_mul_(grads, list(scales.unbind()))
+
+    def state_dict(self) -> dict:
+        """Moments under the names of their parameters, so that a checkpoint reads like a table of contents."""
+
+        def named(group: Group, flat: Tensor) -> dict[str, Tensor]:
+            return {name: v.clone() for name, v in zip(group.names, group.split(flat), strict=True)}
+
+        return {
+            "updates": self.updates.clone(),
+            "bad": self.bad.clone(),
+            "bad_total": self.bad_total.clone(),
+            "groups": {
+                key: {"lr": g.lr.clone(), "first": named(g, g.first), "second": named(g, g.second)}
+                for key, g in self.groups.items()
+            },
+        }
+
+    def load_state_dict(self, state: dict, rates: bool = True) -> None:
+        """Restores `state_dict()`. Without `rates` the learning rates given at construction stay.
+
+        Raises KeyError if a group or parameter is missing in `state`."""
+        for name in ("updates", "bad", "bad_total"):
+            getattr(self, name).copy_(state[name])
+        for key, group in self.groups.items():
+            saved = state["groups"][key]
+            if rates:
+                group.lr.copy_(saved["lr"])
+            for moment in ("first", "second"):
+                for name, view in zip(group.names, group.split(getattr(group, moment)), strict=True):
+                    view.copy_(saved[moment][name])

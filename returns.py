@@ -1,0 +1,76 @@
+"""Returns: the lambda-return, its normaliser, and the slow copy of a network that values are regularised towards."""
+
+import copy
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def lambda_return(
+    reward: Float[Tensor, "batch time"],
+    boot: Float[Tensor, "batch time+1"],
+    live: Float[Tensor, "batch time"],
+    lam: float | Float[Tensor, "batch time"],
+) -> Float[Tensor, "batch time"]:
+    """R_t = r_{t+1} + live_{t+1} ((1 - λ_t) boot_{t+1} + λ_t R_{t+1}), from the end, where R_T = boot_T (paper, eq. 7).
+
+    `reward[:, t]` and `live[:, t]` belong to the transition from state t to t+1: the reward received on arriving at t+1, and
+    the discount times the probability of going on from there. `boot[:, t]` values state t; `boot[:, 0]` is not used.
+    """
+    lam = torch.as_tensor(lam, dtype=reward.dtype, device=reward.device).expand_as(reward)
+    blend = reward + live * (1 - lam) * boot[:, 1:]
+    decay = live * lam
+    returns = [boot[:, -1]]
+    for t in reversed(range(reward.shape[1])):
+        returns.append(blend[:, t] + decay[:, t] * returns[-1])
+    return torch.stack(returns[:0:-1], 1)
+
+
+class ReturnNormalizer(nn.Module):
+    """Moving average of the 5th and 95th percentile of all returns of a batch; `scale` = max(limit, hi - lo).
+
+    Each percentile is averaged exponentially from 0, without debiasing (paper, eq. 12; `limit` 1 leaves small returns
+    small). Kept in float32, in buffers that are updated in place. A batch that is not finite leaves them as they are.
+    """
+
+    def __init__(self, rate: float = 0.01, limit: float = 1.0, low: float = 0.05, high: float = 0.95):
+        super().__init__()
+        self.rate, self.limit = rate, limit
+        self.register_buffer("quantiles", torch.tensor([low, high]), persistent=False)
+        self.register_buffer("lo", torch.zeros(()))
+        self.register_buffer("hi", torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, returns: Float[Tensor, "*s"]) -> None:
+        flat = returns.detach().to(self.lo.dtype).flatten()
+        lo, hi = torch.quantile(flat, self.quantiles.to(flat.dtype))
+        finite = torch.isfinite(lo) & torch.isfinite(hi)
+        for average, new in ((self.lo, lo), (self.hi, hi)):
+            average.copy_(torch.where(finite, average + self.rate * (new - average), average))
+
+    @property
+    def scale(self) -> Float[Tensor, ""]:
+        return (self.hi - self.lo).clamp(min=self.limit)
+
+
+class SlowTarget(nn.Module):
+    """A copy of `source` that starts equal and moves by `fraction` of the way every `every` updates."""
+
+    def __init__(self, source: nn.Module, fraction: float = 0.02, every: int = 1):
+        super().__init__()
+        self.model = copy.deepcopy(source).requires_grad_(False)
+        self.fraction, self.every = fraction, every
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def forward(self, *args):
+        return self.model(*args)
+
+    @torch.no_grad()
+    def update(self, source: nn.Module) -> None:
+        """Call once after every optimizer step. The rate is a tensor, so that no host test decides."""
+        self.updates += 1
+        rate = self.fraction * (self.updates % self.every == 0)
+        slow, fast = list(self.model.parameters()), list(source.parameters())
+        torch._foreach_lerp_(slow, fast, [rate.to(p.dtype) for p in slow])
