@@ -26,7 +26,9 @@ find_python() {
       return
     fi
   done
-  fail "Python 3.11 or 3.12 is needed, and ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>&1 | head -n 1 || true)." \
+  local name=${PYTHON:-python3} version
+  version=$("$name" --version 2>/dev/null) || version="not there"
+  fail "Python 3.11 or 3.12 is needed, and $name is $version." \
     "Name another: make PYTHON=/path/to/python3.12 ..."
 }
 
