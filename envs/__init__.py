@@ -1,0 +1,207 @@
+"""Environments: `make_env(config, mode, index)` is the one way in, `register_env(name, factory)` adds one.
+
+Nothing here imports torch, so that worker processes start fast; a suite's package is imported when a task needs it.
+"""
+
+import difflib
+import importlib
+import inspect
+import os
+import pickle
+import sys
+
+import numpy as np
+from gymnasium import spaces
+
+from .gym_env import GymEnv
+from .wrappers import (
+    ActionRepeat,
+    CheckSpaces,
+    ConvertTypes,
+    Env,
+    MultiOneHotAction,
+    NormalizeAction,
+    OneHotAction,
+    ResizeImage,
+    TaskError,
+    TimeLimit,
+    action_size,
+    transition,
+)
+
+__all__ = [
+    "Env",
+    "TaskError",
+    "action_size",
+    "make_env",
+    "register_env",
+    "registered",
+    "restore_registered",
+    "transition",
+]
+
+MODES = ("train", "eval")
+# First word of a task -> module with `load(config, mode, name, seed)`.
+SUITES = {"dmc": "dmc", "gym": "gym_env", "atari": "atari", "crafter": "crafter"}
+ARGUMENTS = ("config", "mode", "index")
+
+_registry = {}  # name -> factory, or its pickle in a worker process
+
+
+def register_env(name: str, factory) -> None:
+    """Makes `name` a task. `factory(config, mode, index)` returns an `Env`, a gymnasium or an old gym environment.
+
+    It is given the arguments it asks for: those among its parameters called config, mode and index by name;
+    otherwise as many, in this order, as it has parameters without a default (a class that needs none is a factory).
+    Call this before the environments are made; worker processes are told.
+    """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"register_env: the name is {name!r}, expected a word.")
+    if not callable(factory):
+        raise TypeError(f"register_env('{name}'): the factory is a {type(factory).__name__}, expected a callable.")
+    _registry[name] = factory
+
+
+def make_env(config, mode: str = "train", index: int = 0) -> Env:
+    """The environment of `config.task` with every wrapper applied.
+
+    config: has task, seed, action_repeat, time_limit (frames), image_size and the sections of the suites.
+    mode: 'train' or 'eval'. index: number of this environment; seed, mode and index decide its randomness.
+    Its `step` takes one vector [A] (see wrappers.NormalizeAction, OneHotAction, MultiOneHotAction).
+
+    Errors: TaskError, one line, for a task that does not exist or whose package is missing.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}, expected 'train' or 'eval'.")
+    if sys.platform.startswith("linux"):
+        # MuJoCo picks a windowed renderer unless told; without a screen that fails, EGL renders on GPU and CPU alike.
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    seed = env_seed(config.seed, mode, index)
+    env = _create(config, mode, index, seed)
+    try:
+        return _wrap(env, config)
+    except Exception:
+        if hasattr(env, "close"):
+            env.close()
+        raise
+
+
+def env_seed(seed: int, mode: str, index: int) -> int:
+    """One seed (31 bits) per environment: those of neighbouring seeds, modes and indices are unrelated."""
+    sequence = np.random.SeedSequence([int(seed), MODES.index(mode), int(index)])
+    return int(sequence.generate_state(1)[0] >> 1)
+
+
+def registered() -> dict[str, bytes]:
+    """The registered factories for another process, which calls `restore_registered` with them.
+
+    A factory that cannot be pickled is left out; the other process then says so if a task needs it.
+    """
+    result = {}
+    for name, factory in _registry.items():
+        try:
+            result[name] = factory if isinstance(factory, bytes) else dumps(factory)
+        except Exception as error:
+            result[name] = pickle.dumps(Unpicklable(name, f"{type(error).__name__}: {error}"))
+    return result
+
+
+def restore_registered(factories: dict[str, bytes]) -> None:
+    """Registers what `registered` gave in another process; each is unpickled when a task needs it."""
+    _registry.update(factories)
+
+
+def dumps(value) -> bytes:
+    """Pickles by cloudpickle where it is installed (lambdas and functions of scripts work), else by pickle."""
+    try:
+        import cloudpickle
+    except ModuleNotFoundError:
+        return pickle.dumps(value)
+    return cloudpickle.dumps(value)
+
+
+class Unpicklable:
+    """Stands for a factory that could not be sent to this process."""
+
+    def __init__(self, name, reason):
+        self.name, self.reason = name, reason
+
+    def __call__(self):
+        raise TaskError(
+            f"The factory of '{self.name}' cannot be sent to a worker process ({self.reason}): define it "
+            "at the top level of a module, or use --parallel thread."
+        )
+
+
+def _create(config, mode, index, seed):
+    task = config.task
+    if task in _registry:
+        factory = _registry[task]
+        factory = pickle.loads(factory) if isinstance(factory, bytes) else factory
+        return _adapt(_call(factory, (config, mode, index)), seed, task)
+    suite, _, name = task.partition("_")
+    if suite not in SUITES or not name:
+        raise TaskError(_unknown(task))
+    return importlib.import_module(f".{SUITES[suite]}", __name__).load(config, mode, name, seed)
+
+
+def _unknown(task):
+    suite = task.partition("_")[0]
+    examples = {"dmc": "dmc_<domain>_<task>", "gym": "gym_<id>", "atari": "atari_<game>", "crafter": "crafter_reward"}
+    close = difflib.get_close_matches(task, _registry, n=1)
+    close += [examples[x] for x in difflib.get_close_matches(suite, SUITES, n=1, cutoff=0.5)]
+    hint = f" did you mean {close[0]}?" if close else ""
+    names = ", ".join([*examples.values(), "crafter_noreward", *_registry])
+    return f"Unknown task '{task}':{hint} Tasks: {names}; register_env adds others."
+
+
+def _call(factory, values):
+    """Calls factory with as many of (config, mode, index) as `register_env` promises."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except ValueError:  # some classes written in C have no signature
+        return factory()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return factory(*values)
+    named = {p.name for p in parameters if p.name in ARGUMENTS and p.kind is not p.POSITIONAL_ONLY}
+    if named:
+        return factory(**{key: value for key, value in zip(ARGUMENTS, values, strict=True) if key in named})
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(needed) > len(values):
+        raise TypeError(f"The factory needs {len(needed)} arguments, expected at most 3: (config, mode, index).")
+    return factory(*values[: len(needed)])
+
+
+def _adapt(env, seed, name):
+    if all(hasattr(env, key) for key in ("obs_space", "act_space", "reset", "step")):
+        return env
+    if all(hasattr(env, key) for key in ("observation_space", "action_space", "reset", "step")):
+        return GymEnv(env, seed, name)
+    raise TypeError(
+        f"The factory of '{name}' returned a {type(env).__name__}, expected an environment: obs_space and "
+        "act_space, or observation_space and action_space; reset and step."
+    )
+
+
+def _wrap(env, config):
+    if getattr(env, "action_repeat", 1) != config.action_repeat:
+        env = ActionRepeat(env, config.action_repeat)
+    limit = config.time_limit or getattr(env, "time_limit", 0)
+    if limit:
+        env = TimeLimit(env, limit)
+    env = ResizeImage(ConvertTypes(env), config.image_size)
+    return CheckSpaces(_wrap_action(env, config.task), config.task)
+
+
+def _wrap_action(env, name):
+    space = env.act_space
+    if isinstance(space, spaces.Box):
+        return NormalizeAction(env)
+    if isinstance(space, spaces.Discrete):
+        return OneHotAction(env)
+    if isinstance(space, spaces.MultiDiscrete):
+        return MultiOneHotAction(env)
+    raise TaskError(
+        f"{name}: the action space is a {type(space).__name__}; supported are Box, Discrete and "
+        "MultiDiscrete: flatten it in a wrapper."
+    )

@@ -1,0 +1,378 @@
+"""Vectors of environments: the three backends agree, fail clearly, and leave nothing behind."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+from gymnasium import spaces
+
+import envs
+from envs import Env, TaskError, make_env, register_env, transition
+from parallel import EnvError, make_vector
+
+ROOT = Path(__file__).parent.parent
+BACKENDS = ["serial", "thread", "process"]
+
+
+def config(task, **changes):
+    dmc = SimpleNamespace(image=True, proprio=True, camera=-1, fast_render=True)
+    return SimpleNamespace(
+        **{"task": task, "seed": 0, "action_repeat": 1, "time_limit": 0, "image_size": [64, 64], "dmc": dmc, **changes}
+    )
+
+
+class Count(Env):
+    """Episodes of 3 + index steps. Shows its count and the last action; `touch` drops out at odd counts."""
+
+    def __init__(self, index=0):
+        self.index = index
+        self.episode = -1
+        self.obs_space = {
+            "count": spaces.Box(0, 99, (1,), np.float32),
+            "room": spaces.Discrete(100),
+            "touch": spaces.Box(0, 255, (2, 2, 1), np.uint8),
+        }
+        self.act_space = spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self):
+        self.count = 0
+        self.episode += 1
+        return transition(self.observe(np.zeros(2)), first=True)
+
+    def step(self, action):
+        self.count += 1
+        last = self.count == 3 + self.index
+        return transition(self.observe(action), float(np.sum(action)), last=last, terminal=last and self.index % 2)
+
+    def observe(self, action):
+        touch = {} if self.count % 2 else {"touch": np.full((2, 2, 1), self.count + 1, np.uint8)}
+        return {
+            "count": np.full(1, self.count, np.float32),
+            "room": self.index,
+            "log_episode": self.episode,
+            "log_action": np.asarray(action, np.float32),
+            "log_name": "text",
+            **touch,
+            **({"log_first_only": 1} if self.index == 0 else {}),
+        }
+
+    def render(self):
+        return np.full((4, 4, 3), self.index, np.uint8)
+
+
+class Breaks(Count):
+    def step(self, action):
+        if self.index == 1 and self.count == 1:
+            raise ZeroDivisionError("the motor is broken")
+        return super().step(action)
+
+
+class Dies(Count):
+    def step(self, action):
+        if self.index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+
+class Modules(Count):
+    def observe(self, action):
+        return {**super().observe(action), "log_torch": "torch" in sys.modules, "log_pid": os.getpid()}
+
+
+class Sleeps(Modules):
+    def step(self, action):
+        time.sleep(60)
+
+
+class WrongShape(Count):
+    def observe(self, action):
+        return {**super().observe(action), "count": np.zeros(1 + (self.count > 0))}
+
+
+def fail_to_start():
+    raise FileNotFoundError("no such robot")
+
+
+def user_error():
+    raise TaskError("one line")
+
+
+def vector(kind, backend, num=3):
+    return make_vector([functools.partial(kind, i) for i in range(num)], backend)
+
+
+def actions_of(num, size, steps, seed=0):
+    return np.random.default_rng(seed).normal(size=(steps, num, size)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    names = set(os.listdir("/dev/shm"))
+    registry = dict(envs._registry)
+    yield
+    envs._registry.clear()
+    envs._registry.update(registry)
+    assert set(os.listdir("/dev/shm")) <= names
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches_and_reset_alignment(backend):
+    vec = vector(Count, backend)
+    assert vec.num == 3 and set(vec.obs_space) == {"count", "touch", "room"} and vec.act_space.shape == (2,)
+    batch = vec.reset()
+    assert batch["is_first"].all() and not batch["is_last"].any() and (batch["reward"] == 0).all()
+    dtypes = {"count": np.float32, "touch": np.uint8, "room": np.int64, "reward": np.float32, "present/touch": bool}
+    assert all(batch[key].dtype == dtype for key, dtype in dtypes.items())
+    counts, previous = np.zeros(3), batch
+    for actions in actions_of(3, 2, 20):
+        kept = {key: value.copy() for key, value in previous.items()}
+        batch = vec.step(actions)
+        ended = previous["is_last"]
+        counts = np.where(ended, 0, counts + 1)
+        np.testing.assert_array_equal(batch["count"][:, 0], counts)
+        np.testing.assert_array_equal(batch["is_first"], ended)
+        np.testing.assert_array_equal(batch["is_last"], counts == [3, 4, 5])
+        np.testing.assert_array_equal(batch["is_terminal"], (counts == [3, 4, 5]) & [False, True, False])
+        np.testing.assert_array_equal(batch["log_action"], np.where(ended[:, None], 0, actions))  # ignored at resets
+        np.testing.assert_allclose(batch["reward"], np.where(ended, 0, actions.sum(1)), rtol=1e-6)
+        np.testing.assert_array_equal(batch["present/touch"], counts % 2 == 0)
+        expected = np.where(counts % 2 == 0, counts + 1, 0)
+        np.testing.assert_array_equal(batch["touch"], np.broadcast_to(expected[:, None, None, None], (3, 2, 2, 1)))
+        assert batch["present/count"].all() and batch["room"].tolist() == [0, 1, 2]
+        assert "log_name" not in batch and "log_first_only" not in batch
+        for key, value in kept.items():  # the caller may keep a batch
+            np.testing.assert_array_equal(previous[key], value)
+        previous = batch
+    assert batch["log_episode"].tolist() == [5, 4, 3]
+    assert vec.render(2)[0, 0, 0] == 2
+    assert vec.reset()["is_first"].all()
+    vec.close()
+    vec.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        vec.step(np.zeros((3, 2)))
+
+
+@pytest.mark.parametrize(
+    "task, size, changes",
+    [("dmc_cartpole_swingup", 1, {"action_repeat": 2, "time_limit": 20}), ("gym_CartPole-v1", 2, {})],
+)
+def test_backends_agree(task, size, changes):
+    results = []
+    for backend in BACKENDS:
+        vec = make_vector([functools.partial(make_env, config(task, **changes), "train", i) for i in range(2)], backend)
+        results.append([vec.reset()] + [vec.step(x) for x in actions_of(2, size, 25)])
+        frame = vec.render(1)
+        if task.startswith("dmc"):
+            np.testing.assert_array_equal(frame, results[-1][-1]["image"][1])
+        vec.close()
+    assert sum(step["is_last"].sum() for step in results[0]) >= 2
+    first = {key for key in results[0][0] if not key.startswith("present/")}
+    assert (
+        results[0][0]["vector" if "vector" in first else "position"][0]
+        != results[0][0]["vector" if "vector" in first else "position"][1]
+    ).any()
+    for other in results[1:]:
+        for ours, theirs in zip(results[0], other, strict=True):
+            assert ours.keys() == theirs.keys()
+            for key in ours:
+                np.testing.assert_array_equal(ours[key], theirs[key], err_msg=key)
+
+
+def test_workers_without_torch_each_in_its_process():
+    vec = vector(Modules, "process")
+    batch = vec.reset()
+    assert not batch["log_torch"].any() and len(set(batch["log_pid"]) | {os.getpid()}) == 4
+    pids = [int(x) for x in batch["log_pid"]]
+    vec.close()
+    assert not any(running(pid) for pid in pids)
+
+
+def test_registered_environments_reach_workers():
+    length = 4
+    register_env("local", lambda index: Count(length + index))  # not importable anywhere
+    lock = threading.Lock()
+    register_env("cannot be sent", lambda: lock)  # and no task needs it
+    vec = make_vector([functools.partial(make_env, config("local"), "train", i) for i in range(2)], "process")
+    assert vec.reset()["room"].tolist() == [4, 5]
+    vec.close()
+    with pytest.raises(TaskError, match="cannot be sent to a worker process"):
+        make_vector([functools.partial(make_env, config("cannot be sent"), "train", 0)], "process")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_errors_show_their_own_traceback(backend):
+    vec = vector(Breaks, backend)
+    vec.reset()
+    vec.step(np.zeros((3, 2)))
+    with pytest.raises(EnvError, match="the motor is broken") as error:
+        vec.step(np.zeros((3, 2)))
+    text = str(error.value)
+    assert text.startswith("environment 1 failed in step") and error.value.index == 1
+    assert "in step" in text and "test_parallel.py" in text and "ZeroDivisionError" in text
+    with pytest.raises(RuntimeError, match="closed"):
+        vec.reset()
+    with pytest.raises(EnvError, match="(?s)environment 1 failed in its creation.*no such robot"):
+        make_vector([functools.partial(Count, 0), fail_to_start], backend)
+    with pytest.raises(TaskError, match="^one line$"):
+        make_vector([user_error, user_error], backend)
+    vec = vector(WrongShape, backend)
+    vec.reset()
+    with pytest.raises(EnvError, match=r"'count' has shape \(2,\), but its space says \(1,\)"):
+        vec.step(np.zeros((3, 2)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_misuse(backend):
+    with vectors(vector(Count, backend, 2)) as vec:
+        vec.reset()
+        with pytest.raises(ValueError, match=r"shape \(2, 3\), expected \(2, 2\)"):
+            vec.step(np.zeros((2, 3)))
+        with pytest.raises(RuntimeError, match="without send"):
+            vec.receive()
+        actions = np.ones((2, 2), np.float32)
+        vec.send(actions)
+        actions[:] = 0  # sent already
+        with pytest.raises(RuntimeError, match="twice"):
+            vec.send(actions)
+        with pytest.raises(RuntimeError, match="between"):
+            vec.render()
+        np.testing.assert_array_equal(vec.receive()["reward"], [2, 2])
+    with pytest.raises(EnvError, match="environment 1 has the spaces"):
+        make_vector([Count, functools.partial(make_env, config("gym_CartPole-v1"))], backend)
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="'fork', expected process, thread, serial"):
+        make_vector([Count], "fork")
+    with pytest.raises(ValueError, match="at least one"):
+        make_vector([], "serial")
+    with pytest.raises(EnvError, match="cannot be pickled"):
+        make_vector([functools.partial(Count, threading.Lock())], "process")
+
+
+def test_a_killed_worker_is_named():
+    vec = vector(Dies, "process")
+    vec.reset()
+    start = time.time()
+    with pytest.raises(EnvError, match=r"environment 1: .* exit code -9 \(SIGKILL\)") as error:
+        vec.step(np.zeros((3, 2)))
+    assert error.value.index == 1 and time.time() - start < 4
+
+
+def test_forgotten_vectors_are_closed():
+    vec = vector(Modules, "process", 1)
+    pid = int(vec.reset()["log_pid"][0])
+    del vec
+    assert not running(pid)
+
+
+SCRIPT = """
+    import sys, time, functools
+    sys.path[:0] = [{root!r}, {tests!r}]
+    import numpy as np
+    import parallel
+    from test_parallel import {kind}
+
+    class Here({kind}):  # of the main module, which has no `if __name__ == '__main__'`
+        pass
+
+    vec = parallel.make_vector([functools.partial(Here, i) for i in range(2)], 'process')
+    print(*vec.reset()['log_pid'], flush=True)
+
+"""
+
+
+HANDLER = """
+import signal
+stop = []
+signal.signal(signal.SIGINT, lambda *_: stop.append(1))
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+print('ready', flush=True)
+while not stop:
+    vec.step(np.zeros((2, 2)))
+print('saved', vec.step(np.zeros((2, 2)))['count'].shape)  # the workers are still there
+"""
+
+INTERRUPT = """
+try:
+    print('ready', flush=True)
+    while True:
+        vec.step(np.zeros((2, 2)))
+except KeyboardInterrupt:
+    print('saved')
+"""
+
+
+def start_script(loop, kind="Modules"):
+    code = textwrap.dedent(SCRIPT).format(root=str(ROOT), tests=str(ROOT / "tests"), kind=kind).rstrip() + loop
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    pids = [int(x) for x in process.stdout.readline().split()]
+    assert process.stdout.readline() == "ready\n"
+    return process, pids
+
+
+@pytest.mark.parametrize("kind", ["Modules", "Sleeps"])
+def test_workers_end_with_a_killed_parent(kind):
+    process, pids = start_script(HANDLER, kind)
+    assert len(pids) == 2 and all(running(pid) for pid in pids)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(running(pid) for pid in pids))
+    process.stdout.close()
+    process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    "loop, number, expected",
+    [
+        (HANDLER, signal.SIGINT, "saved (2, 1)"),
+        (HANDLER, signal.SIGTERM, "saved (2, 1)"),
+        (INTERRUPT, signal.SIGINT, "saved"),
+    ],
+)
+def test_a_signal_to_the_group_leaves_the_workers_to_the_parent(loop, number, expected):
+    process, pids = start_script(loop)
+    time.sleep(0.1)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=20)
+    assert out.strip() == expected and process.returncode == 0 and err == ""
+    assert not any(running(pid) for pid in pids)  # closed at the end of the program, though nobody called close
+
+
+def running(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(condition, seconds=10):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+class vectors:
+    """Closes a vector at the end of a block."""
+
+    def __init__(self, vec):
+        self.vec = vec
+
+    def __enter__(self):
+        return self.vec
+
+    def __exit__(self, *_):
+        self.vec.close()
