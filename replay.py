@@ -1,0 +1,1023 @@
+"""The replay: what was experienced, kept in memory for sampling and mirrored on disk.
+
+One *stream* of steps per environment. A step holds what the environment gave, the action chosen there, and the latent
+state the agent had there:
+
+    stream 3   position  0    1    2    3    4    5    6    7    8    9  ...   counted since the stream began
+               episode   |------ 0 -------|  |--------- 1 --------|  |--- 2
+               is_first  x                   x                       x
+               is_last                  x                        x
+               reward    0    r1   r2   r3   0    r5   r6   r7   r8   0        received on arriving at the step
+               action    a0   a1   a2   0    a4   a5   a6   a7   0    a9       chosen at the step; zero at is_last
+               latent    hz   hz   hz   hz   hz   hz   hz   hz   hz   hz       in memory only, each with a validity flag
+
+    window, T = 4             ctx [---- trained ----]   of ctx: its latent and action (`Batch.context`);
+                                                        of the others: everything but latents, which are written back
+    memory     [ chunk: 1024 steps ][ chunk: 1024 steps ][ chunk, filling ]    borders have nothing to do with episodes
+    disk       s003-e000000-p000-0004.npz, s003-e000001-p000-0005.npz, ...     pieces of an episode, at most 1024 steps
+
+Sampling is uniform over the start positions of complete windows (one context step, then T trained steps) of all
+streams, across episode borders; the newest data is served once first, from the online queue. The first trained step
+keeps its own `is_first`. If that is not set and the context holds no latent (`valid` is False: after a restart, or
+where none was given), the consumer starts from its initial state there.
+
+A piece on disk holds `is_first, is_last, is_terminal, discount, action, reward` (discount: 1 - is_terminal), the
+observation keys, and `present/<key>` only where some step lacked that observation. It is written to a temporary name,
+synced and renamed, when 1024 steps are full or the episode ends; `flush` writes unfinished pieces too. Latents are not
+on disk: they belong to weights that have moved on.
+
+When a directory is read again:
+- The longest file of a (stream, episode, piece) counts; shorter ones, left by a crash while a piece grew, are removed.
+- An episode that stops without `is_last` was abandoned: its last step is marked `is_last` (not terminal), its action is
+  zeroed.
+- A damaged file is named in the log, moved to `corrupt/` and counted. The steps around a missing piece are not
+  neighbours, and nothing may learn a transition between them: the step before the gap is marked `is_last` (not
+  terminal) with zero action, as an abandoned episode, and the step after it `is_first`, so that the recurrent state is
+  reset there. Its reward stays as recorded.
+- Only the newest `capacity` steps are read. Of what is older the names tell the counts.
+- Files with other names are episodes of older ports: one more stream (id -1), in the order of their names. There the
+  action of a row is the one that *led to* it; it is shifted by one (see `_align_actions`).
+"""
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+CHUNK = 1024  # steps per chunk of memory
+FIRST_ROWS = 32  # a stream's first chunk starts this small and doubles, so that short streams stay small
+OLDER = -1  # id of the stream of episodes that older ports recorded
+FLAGS = ('is_first', 'is_last', 'is_terminal')
+RESERVED = {*FLAGS, 'action', 'reward', 'discount'}
+SAVED = ('online_served', 'online_dropped', 'latents_rejected')  # counts of the whole run; others are found in files
+DETER, STOCH, VALID = 'latent/deter', 'latent/stoch', 'latent/valid'
+NAME = re.compile(r's(\d{3,})-e(\d{6,})-p(\d{3,})-(\d{4,})\.npz')
+
+
+class ReplayError(ValueError):
+    """Data or settings that do not fit the replay; what was given with them is not stored."""
+
+
+class StorageError(ReplayError):
+    """A piece could not be written. Its steps are stored in memory; the next `add` or `flush` tries again."""
+
+
+class _Damaged(Exception):
+    """A file that cannot be used as it is: it is set aside."""
+
+
+class Where(NamedTuple):
+    """Which windows a batch holds, for `Replay.write_latents`."""
+    streams: np.ndarray  # [B] int64, stream ids
+    starts: np.ndarray  # [B] int64, positions of the context steps; the trained steps are the T after each
+
+
+class Batch(dict):
+    """Windows. The dictionary holds the trained steps, each [B, T, ...]: the observation keys, `present/<key>`,
+    `reward`, `is_first`, `is_last`, `is_terminal`, `action`.
+
+    context: of the step before each window: `deter` [B, D] float16 and `stoch` [B, S] (zeros where not valid), `valid`
+        [B] bool (was a latent stored there), `action` [B, A] (the action chosen there).
+    where: handles for `Replay.write_latents`.
+    """
+
+    def __init__(self, arrays: dict, context: dict, where: Where | None = None):
+        super().__init__(arrays)
+        self.context = context
+        self.where = where
+
+
+class _Stored(NamedTuple):
+    """A file on disk."""
+    path: Path
+    stream: int
+    episode: int
+    piece: int
+    length: int
+
+    @property
+    def steps(self) -> int:
+        return self.length - (self.piece == 0)
+
+
+class _Piece(NamedTuple):
+    """A finished piece that waits to be written: positions start to stop of its stream."""
+    episode: int
+    piece: int
+    start: int
+    stop: int
+    replaces: str | None  # the shorter file that an earlier flush left
+
+    def name(self, stream: int) -> str:
+        return f's{stream:03d}-e{self.episode:06d}-p{self.piece:03d}-{self.stop - self.start:04d}.npz'
+
+
+class _Chunk:
+    """Contiguous steps from position `start` on: `arrays[key]` is [rows, ...], of which `count` are filled."""
+
+    def __init__(self, start: int, rows: int, schema: dict):
+        self.start, self.count, self.rows = start, 0, rows
+        self.arrays = {key: np.empty((rows, *shape), dtype) for key, (shape, dtype) in schema.items()}
+
+    def grow(self, rows: int) -> None:
+        for key, old in self.arrays.items():  # one key at a time: nothing is held twice
+            new = np.empty((rows, *old.shape[1:]), old.dtype)
+            new[:self.count] = old[:self.count]
+            self.arrays[key] = new
+        self.rows = rows
+
+
+class _Stream:
+    """The steps of one environment: positions `begin` to `end` are in memory."""
+
+    def __init__(self, ident: int, schema: dict, size: int):
+        self.id, self.schema, self.size = ident, schema, size
+        self.chunks: list[_Chunk] = []  # all full but the last
+        self.begin = self.end = 0
+        self.next_online = 0  # context position of the next window for the online queue
+        self.episode = -1  # number of the episode that runs, or ran last
+        self.running = False  # the last step was not is_last
+        self.piece = 0  # number within the episode of the piece that fills
+        self.piece_start = 0
+        self.partial: str | None = None  # file in which a flush put the piece that fills
+        self.partial_stop = 0
+        self.pending: list[_Piece] = []  # finished, not on disk yet
+
+    def __len__(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def unwritten(self) -> int:
+        """First position that is still needed to write a piece."""
+        return self.pending[0].start if self.pending else self.piece_start
+
+    def resume_at(self, position: int) -> None:
+        """Say, of an empty stream, that its steps before `position` exist but are not in memory."""
+        self.begin = self.end = self.piece_start = position
+
+    def tail(self, wanted: int = 1) -> _Chunk:
+        """The last chunk, with room for a step and, if it may, for `wanted`."""
+        if not self.chunks or self.chunks[-1].count == self.size:
+            rows = self.size if self.chunks else min(self.size, max(FIRST_ROWS, wanted))
+            self.chunks.append(_Chunk(self.end, rows, self.schema))
+        chunk = self.chunks[-1]
+        if chunk.count == chunk.rows:
+            chunk.grow(min(self.size, max(2 * chunk.rows, chunk.count + wanted)))
+        return chunk
+
+    def append(self, step: dict) -> None:
+        chunk = self.tail()
+        for key, value in step.items():
+            chunk.arrays[key][chunk.count] = value
+        chunk.count += 1
+        self.end += 1
+
+    def extend(self, rows: dict[str, np.ndarray]) -> None:
+        """Append arrays [N, ...]; their latents are not known."""
+        total, done = len(rows['reward']), 0
+        while done < total:
+            chunk = self.tail(total - done)
+            count = min(total - done, chunk.rows - chunk.count)
+            place = slice(chunk.count, chunk.count + count)
+            for key, value in rows.items():
+                chunk.arrays[key][place] = value[done:done + count]
+            if VALID in chunk.arrays:
+                chunk.arrays[VALID][place] = False
+            chunk.count += count
+            self.end += count
+            done += count
+
+    def spans(self, start: int, stop: int) -> Iterator[tuple[dict, slice, slice]]:
+        """For each chunk with some of the positions start to stop: its arrays, the rows, their offsets from start."""
+        position = start
+        while position < stop:
+            chunk = self.chunks[(position - self.begin) // self.size]
+            until = min(stop, chunk.start + self.size)
+            rows = slice(position - chunk.start, until - chunk.start)
+            yield chunk.arrays, rows, slice(position - start, until - start)
+            position = until
+
+    def read(self, key: str, start: int, stop: int) -> np.ndarray:
+        parts = [arrays[key][rows] for arrays, rows, _ in self.spans(start, stop)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def abandon(self) -> bool:
+        """Mark the last step is_last if it is not; True if that was needed."""
+        if not self.chunks or self.chunks[-1].arrays['is_last'][self.chunks[-1].count - 1]:
+            return False
+        chunk = self.chunks[-1]
+        chunk.arrays['is_last'][chunk.count - 1] = True
+        chunk.arrays['action'][chunk.count - 1] = 0
+        return True
+
+    def finish_piece(self) -> None:
+        if self.end > self.piece_start:
+            self.pending.append(_Piece(self.episode, self.piece, self.piece_start, self.end, self.partial))
+        self.piece, self.piece_start, self.partial, self.partial_stop = self.piece + 1, self.end, None, 0
+
+    def drop_chunk(self) -> int:
+        count = self.chunks.pop(0).count
+        self.begin += count
+        return count
+
+
+class Replay:
+    """Steps in memory and on disk, and windows of them. The head of this file draws the layout.
+
+    directory: where pieces are written, and read at construction; None: memory only.
+    spaces: observation key -> gymnasium space (its shape and dtype). uint8 stays uint8, float64 is kept as float32.
+    action_size: A, length of the action vectors.
+    latent: {'deter': D, 'stoch': S, 'classes': C}; C = 0: Gaussian latents. None: no latents.
+    capacity: agent steps in memory, all streams together; the oldest chunk of the longest stream goes first.
+    length: T, trained steps of a window.
+    streams: environments that add steps. Streams with higher ids found on disk are sampled too.
+    seed: of the draws.
+    action_repeat: frames per agent step, for `frames`.
+    online: serve new windows once first.
+    piece: steps of a file, at most (fewer if the memory is very small).
+    read_only: never write to the directory; damaged files are skipped and counted.
+    Raises ReplayError where files in the directory do not fit the spaces, or the capacity is too small.
+    """
+
+    def __init__(self, directory: Path | str | None, spaces: dict, action_size: int, *, latent: dict | None = None,
+                 capacity: int, length: int, streams: int, seed: int, action_repeat: int = 1, online: bool = True,
+                 piece: int = 1024, read_only: bool = False):
+        least = 2 * (length + 1) * max(1, streams)  # twice: a stream loses whole chunks and must still hold a window
+        if capacity < least:
+            raise ReplayError(f'Found a replay of {capacity} steps (dataset_size), expected at least {least} for '
+                              f'{max(1, streams)} stream(s) and windows of {length} + 1 steps; raise dataset_size, or '
+                              'lower batch_length or envs.')
+        self.directory = Path(directory) if directory is not None else None
+        self.capacity, self.length, self.streams = int(capacity), int(length), int(streams)
+        self.action_size, self.action_repeat = int(action_size), int(action_repeat)
+        self.online, self.read_only, self.latent = online, read_only, latent
+        self._obs = {key: _kept(key, space) for key, space in spaces.items()}
+        self._schema = self._make_schema()
+        # A chunk is a quarter of a stream's share at most. A stream whose oldest chunk is not written yet then holds
+        # two chunks at most, half of its share: when the memory is full there always is a chunk that may go.
+        self._size = min(CHUNK, max(1, self.capacity // (4 * max(1, self.streams))))
+        self._piece = min(int(piece), self._size)
+        self._rng = np.random.default_rng(seed)
+        self._queue: deque[tuple[int, int]] = deque()  # (stream, context position)
+        self._streams = {i: _Stream(i, self._schema, self._size) for i in range(self.streams)}
+        self._entries = self._steps = self._episodes = 0
+        self._ignored: set[str] = set()  # keys of files that are not learned from
+        self._counts = dict.fromkeys((*SAVED, 'corrupt', 'gaps', 'abandoned'), 0)
+        if self.directory is not None:
+            if not read_only:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            self._load()
+
+    @classmethod
+    def offline(cls, directory: Path | str, spaces: dict, action_size: int, *, capacity: int, length: int, seed: int,
+                latent: dict | None = None, action_repeat: int = 1) -> 'Replay':
+        """Recorded episodes alone: nothing is ever written to the directory, and there is no online queue.
+
+        Raises ReplayError if the directory is missing or holds no usable file. Damaged files are skipped and counted.
+        """
+        if not Path(directory).is_dir():
+            raise ReplayError(f'{directory} is not a directory; give offline_traindir a folder of .npz episodes.')
+        replay = cls(directory, spaces, action_size, latent=latent, capacity=capacity, length=length, streams=0,
+                     seed=seed, action_repeat=action_repeat, online=False, read_only=True)
+        if not len(replay):
+            raise ReplayError(f'{directory} holds no usable .npz episode ({replay._counts["corrupt"]} damaged); give '
+                              'offline_traindir a folder of recorded episodes.')
+        return replay
+
+    # Counts
+
+    def __len__(self) -> int:
+        """Entries in memory."""
+        return self._entries
+
+    @property
+    def steps(self) -> int:
+        """Agent steps ever stored, in memory and on disk: entries that do not begin an episode."""
+        return self._steps
+
+    @property
+    def frames(self) -> int:
+        """Environment steps ever stored."""
+        return self._steps * self.action_repeat
+
+    @property
+    def windows(self) -> int:
+        """Complete windows that can be sampled."""
+        return sum(max(0, len(stream) - self.length) for stream in self._streams.values())
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes in memory of one step, with its latent."""
+        return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in self._schema.values())
+
+    def estimate_bytes(self, capacity: int | None = None) -> int:
+        """Bytes in memory of `capacity` steps (default: this replay's own)."""
+        return self.bytes_per_step * (self.capacity if capacity is None else capacity)
+
+    def stats(self) -> dict[str, int | float]:
+        """Counts for the log. `latents_valid`: share of the entries that hold a latent; `bytes`: allocated memory."""
+        chunks = [chunk for stream in self._streams.values() for chunk in stream.chunks]
+        valid = sum(int(chunk.arrays[VALID][:chunk.count].sum()) for chunk in chunks) if self.latent else 0
+        return {'steps': self._steps, 'entries': self._entries, 'episodes': self._episodes, 'windows': self.windows,
+                'streams': sum(len(stream) > 0 for stream in self._streams.values()),
+                'bytes': sum(array.nbytes for chunk in chunks for array in chunk.arrays.values()),
+                'online_waiting': len(self._queue), 'latents_valid': valid / max(1, self._entries),
+                'unwritten_pieces': sum(len(stream.pending) for stream in self._streams.values()), **self._counts}
+
+    # Adding
+
+    def add(self, stream: int, step: dict, latent: tuple | None = None) -> None:
+        """Store a step of environment `stream`.
+
+        step: the observation keys ([*space.shape]; a missing key means that it was not present at this step), optional
+            `present/<key>`, `reward`, `is_first`, `is_last`, `is_terminal`, `action` [A], chosen here (ignored at
+            is_last). Other keys (`log_*`) are ignored.
+        latent: (deter [D], stoch [S]: class indices, or floats) of the agent at this step; None: not known.
+        Raises ReplayError, and stores nothing, where the data does not fit or is not finite; StorageError where a
+        finished piece cannot be written: the step itself **is** stored, and the piece is tried again at the next `add`
+        or `flush`.
+        """
+        if self.read_only:
+            raise ReplayError(f'{self.directory} was opened to be read only; steps cannot be added.')
+        if not 0 <= stream < self.streams:
+            raise ReplayError(f'Found stream {stream}, expected 0 to {self.streams - 1}; raise `streams` (envs).')
+        target = self._streams[stream]
+        values = self._check_step(target, step) | self._check_latent(target, latent)
+        if values['is_first']:
+            self._begin_episode(target)
+        target.append(values)
+        target.running = not values['is_last']
+        self._entries += 1
+        self._steps += not values['is_first']
+        if values['is_last'] or target.end - target.piece_start >= self._piece:
+            target.finish_piece()
+        self._enqueue(target)
+        self._write_pending(target)
+        self._evict()
+
+    def _check_step(self, stream: _Stream, step: dict) -> dict:
+        def name() -> str:
+            episode = stream.episode + bool(step.get('is_first'))
+            return f'stream {stream.id} (environment {stream.id}), step {stream.end} of the stream, episode {episode}'
+
+        absent = [key for key in (*FLAGS, 'reward') if key not in step]
+        if absent or ('action' not in step and not step['is_last']):
+            raise ReplayError(f'{name()}: {", ".join(absent or ["action"])} missing. Found {sorted(step)}; expected '
+                              f'the observation keys and {sorted(RESERVED - {"discount"})}.')
+        values = {key: bool(np.asarray(step[key]).reshape(())) for key in FLAGS}
+        if not values['is_first'] and not stream.running:
+            raise ReplayError(f'{name()}: found a step without is_first where an episode must begin (after is_last, or '
+                              'at the start); reset the environment and store what reset() gives first.')
+        values['reward'] = _fit('reward', step['reward'], *self._schema['reward'], name)
+        values['action'] = 0 if values['is_last'] else _fit('action', step['action'], *self._schema['action'], name)
+        for key, (shape, dtype) in self._obs.items():
+            present = key in step and bool(step.get(f'present/{key}', True))
+            values[f'present/{key}'] = present
+            values[key] = _fit(f'observation {key!r}', step[key], shape, dtype, name) if present else 0
+        return values
+
+    def _check_latent(self, stream: _Stream, latent: tuple | None) -> dict:
+        if not self.latent:
+            return {}
+        if latent is None:
+            return {VALID: False}
+        deter, stoch = self._cast_latents(*latent, lead=())
+        if not (np.isfinite(deter).all() and np.isfinite(stoch).all()):
+            self._counts['latents_rejected'] += 1
+            return {VALID: False}
+        return {DETER: deter, STOCH: stoch, VALID: True}
+
+    def _begin_episode(self, stream: _Stream) -> None:
+        if stream.running:  # the environment was reset without is_last
+            self._counts['abandoned'] += stream.abandon()
+            stream.finish_piece()
+        stream.episode += 1
+        stream.piece, stream.piece_start = 0, stream.end
+        self._episodes += 1
+
+    def _evict(self) -> None:
+        """Drop the oldest chunks of the longest streams until the capacity holds; none that a piece still needs."""
+        while self._entries > self.capacity:
+            candidates = [stream for stream in self._streams.values() if self._may_drop(stream)]
+            if not candidates:  # only when a full disk holds pieces back: better too much memory than lost steps
+                return
+            self._entries -= max(candidates, key=len).drop_chunk()
+        while self._queue and not self._has_window(*self._queue[0]):
+            self._queue.popleft()
+            self._counts['online_dropped'] += 1
+
+    def _may_drop(self, stream: _Stream) -> bool:
+        if not stream.chunks:
+            return False
+        oldest = stream.chunks[0]
+        if stream.id not in range(self.streams):  # nothing is added there any more
+            return True
+        written = self.directory is None or oldest.start + oldest.count <= stream.unwritten
+        return oldest.count == self._size and written
+
+    # Sampling
+
+    def empty(self, batch: int, allocate: Callable[[tuple, np.dtype], np.ndarray] = np.empty) -> Batch:
+        """A Batch of arrays for `sample(batch, out=...)`; `allocate(shape, dtype)` may give pinned memory."""
+        trained = {key: allocate((batch, self.length, *shape), dtype) for key, (shape, dtype) in self._schema.items()
+                   if key not in (DETER, STOCH, VALID)}
+        context = {'action': allocate((batch, self.action_size), np.dtype(np.float32)),
+                   'valid': allocate((batch,), np.dtype(bool))}
+        if self.latent:
+            context |= {name: allocate((batch, *self._schema[key][0]), self._schema[key][1])
+                        for name, key in (('deter', DETER), ('stoch', STOCH))}
+        return Batch(trained, context)
+
+    def sample(self, batch: int, out: Batch | None = None) -> Batch:
+        """`batch` windows: what waits in the online queue, then uniform draws. `out` (from `empty`) is filled if given.
+
+        Raises ReplayError while no stream holds a complete window.
+        """
+        where = self._choose(batch)
+        out = self.empty(batch) if out is None else out
+        if len(out['reward']) != batch:
+            raise ReplayError(f'`out`: found {len(out["reward"])} windows, expected {batch}; use empty({batch}).')
+        for row, (stream, start) in enumerate(zip(where.streams.tolist(), where.starts.tolist(), strict=True)):
+            self._copy_window(self._streams[stream], start, row, out)
+        out.where = where
+        return out
+
+    def _choose(self, batch: int) -> Where:
+        chosen = []
+        while self._queue and len(chosen) < batch:
+            window = self._queue.popleft()
+            if self._has_window(*window):
+                chosen.append(window)
+                self._counts['online_served'] += 1
+            else:
+                self._counts['online_dropped'] += 1
+        online = np.array(chosen, np.int64).reshape(-1, 2)
+        streams = [stream for stream in self._streams.values() if len(stream) > self.length]
+        if not streams:
+            raise ReplayError(f'The replay holds no window yet: found {self._entries} steps in all streams together, '
+                              f'expected at least {self.length + 1} (batch_length + 1) in one of them; collect more '
+                              '(prefill) or lower batch_length.')
+        bounds = np.cumsum([len(stream) - self.length for stream in streams])
+        draws = self._rng.integers(bounds[-1], size=batch - len(online))
+        index = np.searchsorted(bounds, draws, side='right')
+        ids = np.array([stream.id for stream in streams], np.int64)
+        ends = np.array([stream.end - self.length for stream in streams], np.int64)
+        starts = draws - bounds[index] + ends[index]  # bounds: where the stream's own positions end among the draws
+        return Where(np.concatenate([online[:, 0], ids[index]]), np.concatenate([online[:, 1], starts]))
+
+    def _copy_window(self, stream: _Stream, start: int, row: int, out: Batch) -> None:
+        arrays, rows, _ = next(stream.spans(start, start + 1))
+        out.context['action'][row] = arrays['action'][rows.start]
+        out.context['valid'][row] = valid = bool(self.latent and arrays[VALID][rows.start])
+        if self.latent:  # zeros, not whatever the memory held, where there is none
+            out.context['deter'][row] = arrays[DETER][rows.start] if valid else 0
+            out.context['stoch'][row] = arrays[STOCH][rows.start] if valid else 0
+        for arrays, rows, offsets in stream.spans(start + 1, start + 1 + self.length):
+            for key, target in out.items():
+                target[row, offsets] = arrays[key][rows]
+
+    def _has_window(self, stream: int, start: int) -> bool:
+        held = self._streams.get(stream)
+        return held is not None and held.begin <= start and start + self.length < held.end
+
+    def _enqueue(self, stream: _Stream) -> None:
+        while self.online and stream.next_online + self.length < stream.end:
+            self._queue.append((stream.id, stream.next_online))
+            stream.next_online += self.length
+
+    # Latents
+
+    def write_latents(self, where: Where, deter: np.ndarray, stoch: np.ndarray) -> None:
+        """Store the refreshed latents of the trained steps of a batch, as far as they are still in memory.
+
+        where: `Batch.where`; deter [B, T, D] float; stoch [B, T, S] class indices (or floats if Gaussian). float16 and
+        uint8, as they are kept, are the quickest. A window with a value that is not finite in float16 is not written,
+        and counted.
+        """
+        if not self.latent:
+            raise ReplayError('This replay was made without latents; give `latent` the sizes to store them.')
+        deter, stoch = self._cast_latents(deter, stoch, lead=(len(where.starts), self.length))
+        finite = _finite_rows(deter) & _finite_rows(stoch)
+        self._counts['latents_rejected'] += int((~finite).sum())
+        for row in np.flatnonzero(finite).tolist():
+            stream, first = self._streams[int(where.streams[row])], int(where.starts[row]) + 1
+            start, stop = max(first, stream.begin), first + self.length
+            for arrays, rows, offsets in stream.spans(start, stop):
+                source = slice(offsets.start + start - first, offsets.stop + start - first)
+                arrays[DETER][rows] = deter[row, source]
+                arrays[STOCH][rows] = stoch[row, source]
+                arrays[VALID][rows] = True
+
+    def forget_latents(self) -> None:
+        """Mark every latent as not known, so that a run goes on from here as one that starts from the files does."""
+        for stream in self._streams.values():
+            for chunk in stream.chunks:
+                if self.latent:
+                    chunk.arrays[VALID][:] = False
+
+    def _cast_latents(self, deter: np.ndarray, stoch: np.ndarray, lead: tuple) -> tuple[np.ndarray, np.ndarray]:
+        """To the kept dtypes; what float16 cannot hold becomes infinite and is rejected by the caller."""
+        deter, stoch = np.asarray(deter), np.asarray(stoch)
+        for name, value, key in (('deter', deter, DETER), ('stoch', stoch, STOCH)):
+            if value.shape != lead + self._schema[key][0]:
+                raise ReplayError(f'latent {name}: found shape {value.shape}, expected {lead + self._schema[key][0]}.')
+        if self.latent['classes'] and stoch.dtype.kind not in 'iu':
+            raise ReplayError(f'latent stoch: found {stoch.dtype}, expected class indices (integers); take the argmax '
+                              'of the one-hot.')
+        with np.errstate(over='ignore'):
+            return deter.astype(np.float16, copy=False), stoch.astype(self._schema[STOCH][1], copy=False)
+
+    # Writing
+
+    def flush(self) -> None:
+        """Write every step to disk, unfinished pieces too (each is replaced when it has grown). Raises StorageError."""
+        if self.directory is None or self.read_only:
+            return
+        for stream in self._streams.values():
+            self._write_pending(stream)
+            if stream.end > max(stream.piece_start, stream.partial_stop):
+                piece = _Piece(stream.episode, stream.piece, stream.piece_start, stream.end, stream.partial)
+                self._write(stream, piece)
+                stream.partial, stream.partial_stop = piece.name(stream.id), stream.end
+
+    def _write_pending(self, stream: _Stream) -> None:
+        if self.directory is None:
+            stream.pending.clear()
+        while stream.pending:  # a piece leaves the list only once it is safe
+            self._write(stream, stream.pending[0])
+            stream.pending.pop(0)
+
+    def _write(self, stream: _Stream, piece: _Piece) -> None:
+        arrays = self._piece_arrays(stream, piece)
+        path = self.directory / piece.name(stream.id)
+        try:
+            _write_npz(path, arrays)
+            if piece.replaces and piece.replaces != path.name:
+                (self.directory / piece.replaces).unlink(missing_ok=True)
+        except OSError as error:
+            raise self._storage_error(path, sum(array.nbytes for array in arrays.values()), error) from error
+
+    def _piece_arrays(self, stream: _Stream, piece: _Piece) -> dict[str, np.ndarray]:
+        arrays = {key: stream.read(key, piece.start, piece.stop) for key in (*FLAGS, 'action', 'reward', *self._obs)}
+        arrays['discount'] = 1 - arrays['is_terminal'].astype(np.float32)
+        for key in self._obs:
+            present = stream.read(f'present/{key}', piece.start, piece.stop)
+            if not present.all():
+                arrays[f'present/{key}'] = present
+        return arrays
+
+    def _storage_error(self, path: Path, needed: int, error: OSError) -> StorageError:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        found = 'the disk is full' if full else f'{error.strerror or error}'
+        try:
+            free = f'{shutil.disk_usage(self.directory).free / 2**20:.2f} MiB are free'
+        except OSError:
+            free = 'the directory cannot be read'
+        advice = 'Free some space there' if full else 'Make the directory writable'
+        return StorageError(f'Could not write {path.name} in {self.directory}: {found} ({needed / 2**20:.2f} MiB '
+                            f'needed, {free}). {advice}, or move it elsewhere and set traindir; the steps are still in '
+                            'memory and are written at the next attempt.')
+
+    # Reading
+
+    def _load(self) -> None:
+        """Read the newest `capacity` steps of the directory; count the rest."""
+        stored = self._scan()
+        own = [ident for ident in sorted(stored) if ident != OLDER]
+        lengths = {ident: sum(piece.length for piece in stored[ident]) for ident in stored}
+        rows = dict(zip(own, _share([lengths[ident] for ident in own], self.capacity), strict=True))
+        if OLDER in stored:  # what another port recorded came before what this one did
+            rows[OLDER] = min(lengths[OLDER], self.capacity - sum(rows.values()))
+        for ident in sorted(stored):
+            stream = self._streams.setdefault(ident, _Stream(ident, self._schema, self._size))
+            kept = self._load_stream(stream, stored[ident], rows[ident])
+            self._entries += len(stream)
+            self._steps += sum(piece.steps for piece in kept)
+            self._episodes += len({piece.episode for piece in kept})
+            stream.episode = max(piece.episode for piece in stored[ident])
+            stream.piece_start = stream.end
+            stream.next_online = max(stream.begin, stream.end - 1)
+        if self._ignored:
+            log.info('Keys in %s that are not learned from: %s', self.directory, ', '.join(sorted(self._ignored)))
+        if stored:
+            log.info('Read %d steps from %s (%d agent steps stored, %d damaged files)', self._entries, self.directory,
+                     self._steps, self._counts['corrupt'])
+
+    def _scan(self) -> dict[int, list[_Stored]]:
+        """The files of each stream, in order, one per piece."""
+        pieces: dict[tuple, list[_Stored]] = {}
+        older = []
+        for path in sorted(self.directory.glob('*.npz*')):
+            if path.name.endswith('.npz.tmp') and NAME.fullmatch(path.name[:-4]):
+                if not self.read_only:
+                    path.unlink()  # of a write that did not end; what it held is not counted anywhere
+            elif match := NAME.fullmatch(path.name):
+                piece = _Stored(path, *map(int, match.groups()))
+                pieces.setdefault(piece[1:4], []).append(piece)
+            elif path.suffix == '.npz':
+                older.append(path)
+        stored: dict[int, list[_Stored]] = {}
+        for _, versions in sorted(pieces.items()):
+            if piece := self._longest(versions):
+                stored.setdefault(piece.stream, []).append(piece)
+        for number, path in enumerate(older):
+            if length := self._stored_length(path):
+                stored.setdefault(OLDER, []).append(_Stored(path, OLDER, number, 0, length))
+        return stored
+
+    def _longest(self, versions: list[_Stored]) -> _Stored | None:
+        """Of the files of one piece the longest that can be read; the shorter ones, which it contains, are removed."""
+        if len(versions) == 1:
+            return versions[0]
+        ordered = sorted(versions, key=lambda piece: -piece.length)
+        best = next((piece for piece in ordered if self._read(piece) is not None), None)
+        for piece in ordered:
+            if best and piece.length < best.length and not self.read_only:
+                piece.path.unlink()
+        return best
+
+    def _stored_length(self, path: Path) -> int:
+        """Rows of an older port's file, from the header of its rewards (names count steps or rows); 0 if damaged."""
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = sorted(name.removesuffix('.npy') for name in archive.namelist())
+                if 'reward' in names:
+                    with archive.open('reward.npy') as file:
+                        if length := _header_shape(file)[0]:
+                            return length
+                        raise _Damaged('no rows')
+        except PermissionError:
+            raise
+        except Exception as error:  # a damaged archive can raise nearly anything
+            self._set_aside(path, error)
+            return 0
+        raise ReplayError(f'{path} has no reward. Found the keys {names}; expected '
+                          f'{sorted([*self._obs, "action", "reward"])}. Move files that are not episodes elsewhere.')
+
+    def _load_stream(self, stream: _Stream, stored: list[_Stored], rows: int) -> list[_Stored]:
+        """Append the last `rows` rows of these files; returns the files that are not damaged."""
+        skip = sum(piece.length for piece in stored) - rows
+        longest: dict[int, int] = {}
+        for piece in stored:
+            longest[piece.episode] = max(piece.length, longest.get(piece.episode, 0))
+        kept: list[_Stored] = []
+        previous, position = None, 0
+        for piece in stored:
+            if skip < piece.length:
+                data = self._read(piece)
+                if data is None:
+                    previous, skip = None, 0
+                    continue
+                if not stream.chunks:
+                    stream.resume_at(position + skip)
+                # Pieces of an episode are full but the last: a shorter one in the middle lost its end.
+                joined = (previous is not None and previous.episode == piece.episode
+                          and previous.piece + 1 == piece.piece and previous.length == longest[piece.episode])
+                if not joined:
+                    self._counts['gaps'] += piece.piece > 0
+                    self._counts['abandoned'] += stream.abandon()
+                    data['is_first'][0] = True
+                stream.extend({key: value[skip:] for key, value in data.items()})
+            skip = max(0, skip - piece.length)
+            position += piece.length
+            previous = piece
+            kept.append(piece)
+        if not stream.chunks:
+            stream.resume_at(position)
+        self._counts['abandoned'] += stream.abandon()
+        return kept
+
+    def _read(self, piece: _Stored) -> dict[str, np.ndarray] | None:
+        """The rows of a file in the form in which they are kept, or None for a damaged one, which is set aside."""
+        wanted = {*self._obs, *(f'present/{key}' for key in self._obs), *RESERVED}
+        try:
+            with np.load(piece.path, allow_pickle=False) as file:
+                names = sorted(file.files)
+                raw = {key: file[key] for key in names if key in wanted}
+        except PermissionError:
+            raise
+        except Exception as error:  # a damaged archive can raise nearly anything
+            return self._set_aside(piece.path, error)
+        missing = [key for key in (*self._obs, 'action', 'reward') if key not in raw]
+        if missing:
+            raise ReplayError(f'{piece.path} lacks {", ".join(missing)}. Found the keys {names}; expected '
+                              f'{sorted([*self._obs, "action", "reward"])}. Choose other observation keys or another '
+                              'directory.')
+        self._ignored.update(set(names) - wanted)
+        try:
+            return self._convert(raw, piece)
+        except _Damaged as error:
+            return self._set_aside(piece.path, error)
+
+    def _convert(self, raw: dict[str, np.ndarray], piece: _Stored) -> dict[str, np.ndarray]:
+        count = piece.length
+        short = {key: value.shape for key, value in raw.items() if value.shape[:1] != (count,)}
+        if short or not count:
+            raise _Damaged(f'expected {count} rows, found {short}')
+        rows = _read_flags(raw, count, older=piece.stream == OLDER)
+
+        def name() -> str:
+            return str(piece.path)
+
+        try:
+            reward = raw['reward'].reshape(count) if raw['reward'].size == count else raw['reward']  # also [N, 1]
+            rows['reward'] = _fit('reward', reward, (count,), np.dtype(np.float32), name)
+            action = _as_vectors(raw['action'], self.action_size, name)
+            action = _fit('action', action, (count, self.action_size), np.dtype(np.float32), name)
+            for key, (shape, dtype) in self._obs.items():
+                rows[key] = _fit(f'observation {key!r}', raw[key], (count, *shape), dtype, name)
+                rows[f'present/{key}'] = raw.get(f'present/{key}', np.ones(count, bool)).astype(bool)
+        except _NotFinite as error:  # of the file, not of the configuration
+            raise _Damaged(str(error)) from error
+        if piece.stream == OLDER and 'is_last' not in raw:
+            action = _align_actions(raw['action'], action)
+        rows['action'] = np.where(rows['is_last'][:, None], np.float32(0), action)
+        return rows
+
+    def _set_aside(self, path: Path, error: Exception) -> None:
+        """Never delete: move a damaged file to `corrupt/`, or only leave it out where nothing may be written."""
+        self._counts['corrupt'] += 1
+        reason = f'{type(error).__name__}: {error}'.removeprefix('_Damaged: ')
+        if self.read_only:
+            log.warning('%s is damaged (%s) and is left out.', path, reason)
+            return
+        folder = path.parent / 'corrupt'
+        folder.mkdir(exist_ok=True)
+        target, number = folder / path.name, 1
+        while target.exists():
+            target, number = folder / f'{path.name}.{number}', number + 1
+        os.replace(path, target)
+        log.warning('%s is damaged (%s); moved to %s and left out.', path, reason, target)
+
+    # Saving
+
+    def state(self) -> dict:
+        """What a checkpoint must hold besides the files: generator, online queue, position of each stream, counters.
+
+        Only dictionaries, lists, strings and numbers, so that `torch.load(weights_only=True)` takes it. Call `flush`
+        first: the positions count what is on disk. `steps` tells what the checkpoint has seen.
+        """
+        return {'version': 1, 'generator': json.dumps(self._rng.bit_generator.state), 'steps': int(self._steps),
+                'streams': {str(stream.id): {'end': int(stream.end), 'next_online': int(stream.next_online)}
+                            for stream in self._streams.values()},
+                'queue': [[int(stream), int(start)] for stream, start in self._queue],
+                'counts': {key: int(self._counts[key]) for key in SAVED}}
+
+    def load_state(self, state: dict) -> None:
+        """Continue as the replay that gave `state`.
+
+        Steps stored after the checkpoint are kept and join the online queue; windows of the queue that no longer exist
+        are dropped and counted. What the files said (steps, episodes, damage) is not overruled. Raises ReplayError for
+        an unknown version.
+        """
+        if state.get('version') != 1:
+            raise ReplayError(f'Found replay state of version {state.get("version")}, expected 1; this checkpoint is '
+                              'of another release.')
+        self._rng.bit_generator.state = json.loads(state['generator'])
+        self._counts.update({key: state['counts'][key] for key in SAVED})
+        if self._steps != state['steps']:
+            log.info('The replay holds %d agent steps, the checkpoint has seen %d.', self._steps, state['steps'])
+        if not self.online:
+            return
+        saved = [tuple(item) for item in state['queue']]
+        self._queue = deque(item for item in saved if self._has_window(*item))
+        self._counts['online_dropped'] += len(saved) - len(self._queue)
+        newer = []
+        for ident, stream in self._streams.items():
+            if str(ident) not in state['streams']:
+                continue
+            begin = state['streams'][str(ident)]['next_online']
+            stream.next_online = min(max(begin, stream.begin), max(stream.begin, stream.end - 1))
+            while stream.next_online + self.length < stream.end:
+                newer.append((stream.next_online - begin, ident, stream.next_online))
+                stream.next_online += self.length
+        self._queue.extend((ident, start) for _, ident, start in sorted(newer))  # side by side, as they were collected
+
+    def _make_schema(self) -> dict[str, tuple[tuple, np.dtype]]:
+        schema = dict(self._obs)
+        schema |= {f'present/{key}': ((), np.dtype(bool)) for key in self._obs}
+        schema |= {'reward': ((), np.dtype(np.float32)), **{key: ((), np.dtype(bool)) for key in FLAGS}}
+        schema['action'] = ((self.action_size,), np.dtype(np.float32))
+        if self.latent:
+            classes = self.latent['classes']
+            kind = np.float16 if not classes else np.uint8 if classes <= 256 else np.uint16
+            schema[DETER] = ((self.latent['deter'],), np.dtype(np.float16))
+            schema[STOCH] = ((self.latent['stoch'],), np.dtype(kind))
+            schema[VALID] = ((), np.dtype(bool))
+        return schema
+
+
+class _NotFinite(ReplayError):
+    """NaN or infinity."""
+
+
+def _kept(key: str, space) -> tuple[tuple, np.dtype]:
+    """Shape and dtype in which an observation is kept."""
+    if key in RESERVED or key.startswith(('present/', 'latent/', 'log_')):
+        raise ReplayError(f'The observation key {key!r} has a meaning of its own here; rename it in the environment.')
+    if space.shape is None or space.dtype is None or np.dtype(space.dtype).kind not in 'biuf':
+        raise ReplayError(f'The observation {key!r} is a {type(space).__name__}; expected numbers of one shape. '
+                          'Flatten or tokenize it.')
+    dtype = np.dtype(space.dtype)
+    return tuple(space.shape), np.dtype(np.float32) if dtype == np.float64 else dtype
+
+
+def _fit(what: str, value, shape: tuple, dtype: np.dtype, name: Callable[[], str]) -> np.ndarray:
+    """`value` as an array of that shape and dtype; ReplayError if it does not fit, or is not finite."""
+    value = np.asarray(value)
+    if value.shape != shape:
+        raise ReplayError(f'{what} from {name()}: found shape {value.shape}, expected {shape}; make space and data '
+                          'agree.')
+    if not np.can_cast(value.dtype, dtype, 'same_kind'):
+        raise ReplayError(f'{what} from {name()}: found {value.dtype}, expected {dtype}; make space and data agree.')
+    with np.errstate(over='ignore'):
+        value = value.astype(dtype, copy=False)
+    if dtype.kind == 'f' and not np.isfinite(value).all():
+        bad = np.argwhere(~np.isfinite(value))
+        at = f' at index {tuple(bad[0].tolist())}' if value.ndim else ''
+        raise _NotFinite(f'{what} from {name()}: found {value[tuple(bad[0])]}{at} ({len(bad)} of {value.size} numbers '
+                         'are not finite), expected finite numbers; look for the cause in the environment.')
+    return value
+
+
+def _finite_rows(value: np.ndarray) -> np.ndarray:
+    """Whether value[i] is finite throughout, [B] bool; float16 (what is kept) or integers."""
+    if value.dtype != np.float16:
+        return np.ones(len(value), bool)
+    bits = value.reshape(len(value), -1).view(np.uint16)  # a tenth of the time of np.isfinite on float16
+    return (bits & 0x7FFF).max(1, initial=0) < 0x7C00  # beyond sign: infinity and all NaN
+
+
+def _share(lengths: list[int], room: int) -> list[int]:
+    """How many of its newest rows each stream keeps: equal parts of `room`; what short streams leave, others take."""
+    shares = [0] * len(lengths)
+    for done, index in enumerate(sorted(range(len(lengths)), key=lengths.__getitem__)):
+        shares[index] = min(lengths[index], room // (len(lengths) - done))
+        room -= shares[index]
+    return shares
+
+
+def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Like np.savez, for any key, and so that the file is either complete or not there (OSError: nothing is left)."""
+    temporary = path.with_name(path.name + '.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            with zipfile.ZipFile(file, 'w', zipfile.ZIP_STORED) as archive:
+                for key, value in arrays.items():
+                    with archive.open(f'{key}.npy', 'w', force_zip64=True) as member:
+                        np.lib.format.write_array(member, np.ascontiguousarray(value), allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the name itself
+        finally:
+            os.close(folder)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _header_shape(file) -> tuple:
+    """Shape of the array of an open .npy file, without reading the array."""
+    major, _ = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+    return read(file)[0]
+
+
+def _read_flags(raw: dict[str, np.ndarray], count: int, older: bool) -> dict[str, np.ndarray]:
+    """is_first, is_last, is_terminal [N] bool of a file; what an older port did not write follows from the rest."""
+    rows = {key: raw[key].reshape(count).astype(bool) if key in raw else np.zeros(count, bool) for key in FLAGS}
+    if 'is_terminal' not in raw and 'discount' in raw:
+        rows['is_terminal'] = raw['discount'].reshape(count) == 0
+    if older:
+        rows['is_first'][0] = True
+    if 'is_last' not in raw:
+        rows['is_last'][-1] = True
+    rows['is_last'][:-1] |= rows['is_first'][1:]
+    return rows
+
+
+def _as_vectors(action: np.ndarray, size: int, name: Callable[[], str]) -> np.ndarray:
+    """Recorded actions as [N, A]: indices become one-hot."""
+    flat = action.reshape(len(action), -1)
+    if flat.shape[1] == size:
+        return flat
+    index = flat[:, 0]
+    if flat.shape[1] != 1 or not (np.isfinite(index).all() and (index == np.floor(index)).all() and (index >= 0).all()
+                                  and (index < size).all()):
+        raise ReplayError(f'action from {name()}: found shape {action.shape}, expected {(len(action), size)}, or '
+                          f'indices below {size}; make the action space and the recorded data agree.')
+    return np.eye(size, dtype=np.float32)[index.astype(np.int64)]
+
+
+def _align_actions(recorded: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Actions [N, A] chosen *at* each row, from a file of an older port (one without is_last).
+
+    Those ports keep in row t the action that led to row t, so row 0 is zero. That is how they are told: if row 0 is
+    zero and another row is not, action[t] = recorded[t + 1] and the last is zero. Otherwise the actions are taken as
+    they are.
+    """
+    if recorded[0].any() or not recorded.any():
+        return vectors
+    return np.concatenate([vectors[1:], np.zeros_like(vectors[:1])])
+
+
+def infer_spaces(directory: Path | str) -> tuple[dict, object]:
+    """Observation spaces and action space from recorded files, to train without an environment.
+
+    Observations are the keys beside flags, action, reward, `present/*`, `log_*` and `logprob`: Box of the recorded
+    shape and dtype (0 to 255 for uint8, unbounded for floats). The action space is Discrete(n) if every action of every
+    file is one-hot or zero, or a whole number; otherwise Box(-1, 1). Several one-hots side by side (MultiDiscrete)
+    cannot be told apart and give a Box. Damaged files are passed over. Raises ReplayError if nothing can be read, or
+    two files differ in keys or shapes.
+    """
+    from gymnasium import spaces  # here: nothing else in this file needs it
+
+    found, first, widths, highest, discrete, chosen = None, None, set(), 0, True, False
+    for path in sorted(Path(directory).glob('*.npz')):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                action = file['action']
+                whole = found is None
+                names = {key for key in file.files
+                         if key not in RESERVED | {'logprob'} and not key.startswith(('present/', 'log_'))}
+                shapes = {key: file[key] for key in sorted(names)} if whole else None
+        except PermissionError:
+            raise
+        except Exception as error:  # a damaged archive can raise nearly anything
+            log.warning('%s cannot be read (%s: %s): its spaces are not known.', path, type(error).__name__, error)
+            continue
+        if whole:
+            found, first = {key: (value.shape[1:], value.dtype) for key, value in shapes.items()}, path
+        elif names != set(found):
+            raise ReplayError(f'{path} and {first} hold different observations: {sorted(names)} and {sorted(found)}; '
+                              'keep one kind of episode per directory.')
+        flat = action.reshape(len(action), -1)
+        widths.add(flat.shape[1])
+        if flat.shape[1] == 1 and action.dtype.kind in 'iu':
+            highest, chosen = max(highest, int(flat.max(initial=0))), True
+        else:
+            discrete &= flat.shape[1] > 1 and bool(np.isin(flat, (0, 1)).all() and (flat.sum(1) <= 1).all())
+            chosen |= bool(flat.any())
+    if found is None or len(widths) != 1:
+        problem = 'no file with an action could be read' if found is None else f'actions of lengths {sorted(widths)}'
+        raise ReplayError(f'{directory}: {problem}; expected .npz episodes of one environment.')
+    width = widths.pop()
+    act_space = spaces.Box(-1, 1, (width,), np.float32)
+    if discrete and chosen:  # all zero tells nothing
+        act_space = spaces.Discrete(highest + 1 if width == 1 else width)
+    return {key: _infer_box(shape, dtype) for key, (shape, dtype) in found.items()}, act_space
+
+
+def _infer_box(shape: tuple, dtype: np.dtype):
+    from gymnasium import spaces
+
+    if dtype.kind == 'f':
+        return spaces.Box(-np.inf, np.inf, shape, np.float32)
+    if dtype.kind == 'b':
+        return spaces.Box(0, 1, shape, np.uint8)
+    return spaces.Box(np.iinfo(dtype).min, np.iinfo(dtype).max, shape, dtype)
+
+
+def sample_episodes(episodes: dict[str, dict[str, np.ndarray]], length: int,
+                    seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    """Yield windows of exactly `length` steps, for ever, as dictionaries of fresh arrays [length, ...].
+
+    episodes: name -> key -> [steps, ...]; it may grow or shrink meanwhile. A window starts at a step drawn uniformly
+    from all steps of all episodes (short ones are not favoured). Where the episode ends before the window does, another
+    one, drawn in proportion to its length, follows from its beginning. `is_first` is set at the window's start and at
+    each such border. `log_*` is left out. Raises ReplayError if there is no step.
+    """
+    rng = np.random.default_rng(seed)
+    while True:
+        parts, size = [], 0
+        while size < length:
+            held = list(episodes.values())
+            bounds = np.cumsum([len(next(iter(episode.values()))) for episode in held])
+            if not len(bounds) or not bounds[-1]:
+                raise ReplayError('There are no steps in the episodes to sample from; record or load some first.')
+            draw = int(rng.integers(bounds[-1]))
+            index = int(np.searchsorted(bounds, draw, side='right'))
+            episode = held[index]
+            start = 0 if parts else draw - int(bounds[index - 1] if index else 0)
+            part = {key: value[start:start + length - size] for key, value in episode.items()
+                    if not key.startswith('log_')}
+            if 'is_first' in part:
+                part['is_first'] = part['is_first'].copy()
+                part['is_first'][0] = True
+            parts.append(part)
+            size += len(next(iter(part.values())))
+        yield {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
