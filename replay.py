@@ -5,7 +5,7 @@ state the agent had there:
 
     stream 3   position  0    1    2    3    4    5    6    7    8    9  ...   counted since the stream began
                episode   |------ 0 -------|  |--------- 1 --------|  |--- 2
-               is_first  x                   x                       x
+               is_first  x                   x                        x
                is_last                  x                        x
                reward    0    r1   r2   r3   0    r5   r6   r7   r8   0        received on arriving at the step
                action    a0   a1   a2   0    a4   a5   a6   a7   0    a9       chosen at the step; zero at is_last
