@@ -160,9 +160,10 @@ def _close_all():
         vector.close()
 
 
-# At the end of the program, before multiprocessing (imported above, so it ends later) waits for its children.
 _open = weakref.WeakSet()
-atexit.register(_close_all)
+# Before the thread pools stop, OpenGL contexts are freed (from a thread that is not theirs) and multiprocessing waits
+# for its children. Plain atexit comes too late for the first two, and does where Python has no such hook.
+getattr(threading, "_register_atexit", atexit.register)(_close_all)
 
 
 def _layout(obs_space, size):
@@ -315,8 +316,7 @@ class ThreadVector(SerialVector):
 
     def _stop(self):
         for thread, runner in zip(self._threads, self._runners, strict=False):
-            with contextlib.suppress(RuntimeError):  # Python is ending: threads take no more work
-                thread.submit(_close_env, runner.env)
+            thread.submit(_close_env, runner.env)
         for thread in self._threads:
             thread.shutdown()
 

@@ -351,6 +351,21 @@ def test_a_signal_to_the_group_leaves_the_workers_to_the_parent(loop, number, ex
     assert not any(running(pid) for pid in pids)  # closed at the end of the program, though nobody called close
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_program_that_forgets_to_close_ends_quietly(backend):
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import functools, test_parallel
+task = test_parallel.config("dmc_cartpole_swingup")
+vec = test_parallel.make_vector([functools.partial(test_parallel.make_env, task)], {backend!r})
+vec.reset()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("WARNING")]  # dm_control's own
+    assert result.returncode == 0 and errors == []
+
+
 def running(pid):
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
