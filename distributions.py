@@ -31,7 +31,7 @@ def full_precision(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def symexp_bins(count: int, limit: float = 20.0, **kwargs) -> Float[Tensor, "count"]:
+def symexp_bins(count: int, limit: float = 20.0, **kwargs) -> Float[Tensor, " count"]:
     """`count` bin centres that are exponentially spaced in ±symexp(limit) and exactly mirrored around zero.
 
     Mirroring (instead of one symexp(linspace)) makes the bins cancel exactly in a symmetric sum.
@@ -174,17 +174,16 @@ class TwoHot:
     symexp of the expected bin; without it (`symexp_twohot`) the bins themselves are exponentially spaced.
     """
 
-    def __init__(self, logits: Float[Tensor, "*b bins"], bins: Float[Tensor, "bins"], squash: bool = False):
+    def __init__(self, logits: Float[Tensor, "*b bins"], bins: Float[Tensor, " bins"], squash: bool = False):
         self.logits = full_precision(logits)
         self.bins = bins
         self.squash = squash
 
     def mode(self) -> Float[Tensor, "*b"]:
-        """Expected bin. Summed from the middle outwards in mirrored pairs, so that symmetric logits give exactly 0."""
-        weighted = torch.softmax(self.logits, -1) * self.bins
+        """Expected bin. Mirrored bins are subtracted before they are weighed, so that symmetric logits give exactly 0."""
         half = self.bins.shape[0] // 2
-        low, middle, high = weighted.tensor_split((half, weighted.shape[-1] - half), -1)
-        mean = middle.sum(-1) + (low.flip(-1) + high).sum(-1)
+        probs = torch.softmax(self.logits, -1)
+        mean = (probs[..., -half:] - probs[..., :half].flip(-1)) @ self.bins[-half:]
         return symexp(mean) if self.squash else mean
 
     def loss(self, target: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:

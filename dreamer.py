@@ -1,16 +1,43 @@
+"""Train DreamerV3: `python dreamer.py --configs dmc_vision --task dmc_walker_walk --logdir logdir/walker`.
+
+`Dreamer` is the agent: it acts (`policy`) and learns (`train_step`). `Trainer` is the run: it steps environments, fills the
+replay, lets the agent learn at the configured ratio, evaluates, logs, and saves; the same command resumes.
+
+Counters: a *frame* is one step of the simulator, an *agent step* is one action (`action_repeat` frames), an *update* is one
+optimizer step. The number of agent steps is what the replay has stored, on disk and in memory, and never anything else.
+"""
+
+if __name__ == "__main__":  # before torch is imported, so that --help and typing errors answer at once
+    import config as configuration
+
+    CONFIG = configuration.main_load()
+
 import functools
 import logging
+import math
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 from gymnasium.spaces import Space
 from torch import Tensor, nn
-from config import Config
+
+import tools
+from config import Config, ConfigError, check_resume, resolve_paths
+from envs import make_env
 from errors import UserError
+from exploration import Random
 from modalities import vector
+from modalities.image import open_loop_video
 from models import ImagBehavior, WorldModel, total_loss
 from networks import features
 from optim import Optimizer
-log = logging.getLogger(__name__)
+from parallel import EnvError, VectorEnv, make_vector
+from replay import Replay, ReplayError, infer_spaces
+
+log = logging.getLogger("dreamer")
+
 
 class Dreamer(nn.Module):
     """World model, behaviour and optimizer, tied into `policy(obs, state)` and `train_step(batch)`.
@@ -72,18 +99,24 @@ class Dreamer(nn.Module):
         }
 
     @torch.no_grad()
-    def policy(self, obs: dict[str, np.ndarray], state: dict, sample: bool = True) -> tuple[np.ndarray, dict]:
+    def policy(
+        self,
+        obs: dict[str, np.ndarray],
+        state: dict,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> tuple[np.ndarray, dict]:
         """Action [E, action] for a batch of observations [E, ...] and the state that it leads to.
 
         State and previous action are reset where `is_first`. Actions are sampled, or the mode; latents are always sampled.
         """
         obs = {k: self._tensor(v) for k, v in obs.items() if not k.startswith("log_")}
-        is_first = obs["is_first"]
+        is_first, generator = obs["is_first"], generator or self.policy_generator
         with self.autocast():
             tokens = self.world_model.encoder(obs)
-            noise = self._latent_noise(len(is_first), generator=self.policy_generator)
+            noise = self._latent_noise(len(is_first), generator=generator)
             latent = self.world_model.rssm.obs_step(state["latent"], state["action"], tokens, is_first, noise)
-            noise = self._action_noise(len(is_first), generator=self.policy_generator) if sample else None
+            noise = self._action_noise(len(is_first), generator=generator) if sample else None
             action, carry = self.behavior.policy(features(latent), state["carry"], is_first, noise)
         action = action.float()
         state = {"latent": {k: latent[k] for k in ("deter", "stoch")}, "action": action, "carry": carry}
@@ -171,3 +204,488 @@ class Dreamer(nn.Module):
                     generator.set_state(state["generators"][key].cpu())
                 except RuntimeError:
                     log.warning("The checkpoint's random state is of another kind of device: drawing from a new one.")
+
+
+class Trainer:
+    """One run: environments, replay, agent, evaluation, logs and checkpoints of one logdir.
+
+    Builds everything, and resumes if the logdir holds a checkpoint or data. `run()` trains until `steps` frames.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config = resolve_paths(config)
+        self.logdir = Path(config.logdir)
+        self._claim_logdir()
+        self.device = tools.pick_device(config.device)
+        self.envs, self.eval_envs = None, None
+        try:
+            self.obs_space, self.act_space = self._make_envs()
+            self.agent = Dreamer(self.obs_space, self.act_space, config, self.device)
+            self.random = Random(self.act_space, seed=config.seed + 2)
+            self.replay = self._make_replay()
+            self.eval_replay = self._make_eval_replay()
+        except BaseException:
+            self.close()
+            raise
+        self.updates, self.episodes = 0, 0
+        # Agent steps from which updates are owed; what an earlier session has stored counts from the end of its prefill.
+        self.train_start = config.prefill if self.replay.steps else None
+        self.last_return, self.evaluated_at = math.nan, None
+        self.metrics, self.episode_metrics = tools.Metrics(), tools.Metrics()
+        self.pending = None  # latents of the latest update, written back while the device works on the next
+        resumed = self._resume()
+        self.logger = self._make_logger(resumed)
+        self.should_log, self.should_eval, self.should_save = (
+            tools.Every(interval, self.frames) for interval in (config.log_every, config.eval_every, config.save_every)
+        )
+        self._introduce(resumed)
+
+    # Building
+
+    def _claim_logdir(self) -> None:
+        """A logdir belongs to one configuration: a differing one is an error that says what differs, unless `force`."""
+        self.logdir.mkdir(parents=True, exist_ok=True)
+        saved = self.logdir / "config.yaml"
+        if saved.exists() and not self.config.force:
+            check_resume(resolve_paths(Config.read(saved)), self.config)
+        self.config.save(saved)
+
+    @property
+    def offline(self) -> bool:
+        return self.config.offline_traindir is not None
+
+    @property
+    def evaluates(self) -> bool:
+        return self.config.task != "none" and self.config.eval_every > 0 and self.config.eval_episode_num > 0
+
+    def _make_envs(self) -> tuple[dict, Space]:
+        """Starts the environments that this run needs and returns what they observe and how they act."""
+        config = self.config
+        if config.task == "none":
+            return infer_spaces(config.offline_traindir)
+        if not self.offline:
+            self.envs = make_envs(config, "train", config.envs)
+        if self.evaluates or self.offline:
+            self.eval_envs = make_envs(config, "eval", config.eval_envs)
+        envs = self.envs or self.eval_envs
+        return envs.obs_space, envs.act_space
+
+    def _replay_options(self, seed: int) -> dict:
+        dyn = self.config.dyn
+        return {
+            "spaces": self.obs_space,
+            "action_size": self.agent.action_size,
+            "latent": {"deter": dyn.deter, "stoch": dyn.stoch, "classes": dyn.discrete},
+            "length": self.config.batch_length,
+            "action_repeat": self.config.action_repeat,
+            "seed": seed,
+        }
+
+    def _make_replay(self) -> Replay:
+        config, options = self.config, self._replay_options(self.config.seed + 3)
+        if self.offline:
+            return Replay.offline(config.offline_traindir, capacity=config.dataset_size, **options)
+        return Replay(Path(config.traindir), capacity=config.dataset_size, streams=config.envs, **options)
+
+    def _make_eval_replay(self) -> Replay | None:
+        """Held-out data for open-loop predictions: recorded episodes, or those of evaluations."""
+        config, options = self.config, self._replay_options(self.config.seed + 4)
+        capacity = max(20 * config.batch_length, config.dataset_size // 50)
+        if config.offline_evaldir:
+            return Replay.offline(config.offline_evaldir, capacity=capacity, **options)
+        if not self.evaluates:
+            return None
+        return Replay(Path(config.evaldir), capacity=capacity, streams=config.eval_envs, online=False, **options)
+
+    def _make_logger(self, resumed: bool) -> tools.Logger:
+        config = self.config
+        wandb = {"project": config.wandb_project, "name": self.logdir.name} if config.wandb else None
+        logger = tools.Logger(
+            self.logdir, self.frames, tensorboard=config.tensorboard, wandb=wandb, config=config.flat()
+        )
+        if resumed and self.offline:
+            logger.drop_after(self.frames)  # these updates are about to be repeated
+        return logger
+
+    def _introduce(self, resumed: bool) -> None:
+        config, agent = self.config, self.agent
+        sees = ", ".join(f"{key} {'x'.join(map(str, s.shape)) or s}" for key, s in self.obs_space.items())
+        acts = f"{agent.action_size} continuous" if not agent.classes else "+".join(map(str, agent.classes)) + " discrete"
+        source = f"recorded episodes in {config.offline_traindir}" if self.offline else f"{config.envs} environments"
+        log.info(f"Training {config.task} on {self.device} from {source}: observes {sees}; acts {acts}")
+        modules = {"encoder": agent.world_model.encoder, "rssm": agent.world_model.rssm}
+        modules |= {"decoder": agent.world_model.decoder, "reward": agent.world_model.reward}
+        modules |= {"cont": agent.world_model.cont, "actor": agent.behavior.actor}
+        modules |= {f"critic ({name})": stream.critic for name, stream in agent.behavior.streams.items()}
+        log.info("Parameters:\n" + tools.parameter_table(modules))
+        steps = self.replay.stats()["entries"] if self.offline else config.dataset_size
+        steps = min(steps, max(1, math.ceil(config.steps / config.action_repeat))) if not self.offline else steps
+        log.info(
+            f"Replay: up to {steps:,} agent steps in {self.replay.estimate_bytes(steps) / 1e9:.2g} GB of memory; "
+            f"{self.replay.steps:,} stored so far"
+        )
+        if resumed:
+            log.info(f"Resuming at frame {self.frames:,}, update {self.updates:,}")
+        if self.device.type == "cpu" and config.encoder.units > 128:
+            log.warning("These networks are sized for a GPU and slow on a CPU: add the block cpu (--configs ... cpu)")
+        log.info(f"Watch: tensorboard --logdir {self.logdir}")
+
+    # Counting
+
+    @property
+    def frames(self) -> int:
+        """Frames so far. An offline run counts those that its updates stand for at the configured train ratio."""
+        if not self.offline:
+            return self.replay.steps * self.config.action_repeat
+        return int(self.updates * self.trained_steps / self.config.train_ratio * self.config.action_repeat)
+
+    @property
+    def trained_steps(self) -> int:
+        """Replayed steps per update."""
+        return self.config.batch_size * self.config.batch_length
+
+    @property
+    def owed(self) -> int:
+        """Updates that the train ratio asks for by now. None before the prefill is complete."""
+        config = self.config
+        if self.offline:
+            return 1 if self.frames < config.steps else 0
+        if self.replay.steps < config.prefill or self.replay.windows < config.batch_size:
+            return 0
+        if self.train_start is None:
+            self.train_start = self.replay.steps
+        trained = (self.replay.steps - self.train_start) * config.train_ratio / self.trained_steps
+        return max(0, config.pretrain + int(trained) - self.updates)
+
+    # Running
+
+    def run(self) -> None:
+        """Trains until `steps` frames, or until asked to stop; saves at the end either way."""
+        config = self.config
+        with tools.Shutdown() as self.shutdown, tools.Progress(config.steps) as self.progress:
+            if self.offline:
+                self._run_offline()
+            else:
+                self._run_online()
+        self._write_latents()
+        if self.evaluates and not self.shutdown.requested and self.evaluated_at != self.frames:
+            self.evaluate()
+        self.save()
+        self.logger.flush()
+        log.info(f"{'Stopped' if self.shutdown.requested else 'Finished'} at frame {self.frames:,}; saved in {self.logdir}")
+
+    def _run_online(self) -> None:
+        obs = self.envs.reset()
+        state = self.agent.initial(self.envs.num)
+        returns, lengths = np.zeros(self.envs.num), np.zeros(self.envs.num, int)
+        self.train()  # updates that an earlier session owed run before new data comes in
+        while self.frames < self.config.steps and not self.shutdown.requested:
+            action, state, latents = self._act(obs, state)
+            self._store(self.replay, obs, action, latents)
+            self.envs.send(action)
+            self.train()  # while the environments step
+            self._periodic()
+            obs = self.envs.receive()
+            returns = np.where(obs["is_first"], 0, returns + obs["reward"])
+            lengths = np.where(obs["is_first"], 0, lengths + 1)
+            for env in np.flatnonzero(obs["is_last"]):
+                self._episode_done(returns[env], lengths[env])
+        self._store_last(obs)
+
+    def _run_offline(self) -> None:
+        if self.replay.windows == 0:
+            raise UserError(
+                f"offline_traindir ({self.config.offline_traindir}) holds {len(self.replay)} steps, too few for one window of "
+                f"batch_length + 1 = {self.config.batch_length + 1}."
+            )
+        while self.owed and not self.shutdown.requested:
+            self._update()
+            self._periodic()
+
+    def _act(self, obs: dict, state: dict) -> tuple[np.ndarray, dict, tuple | None]:
+        """Actions [E, A], the policy's state, and its latents; random actions have none, as the policy did not look."""
+        if not self._explores():
+            action, state = self.agent.policy(obs, state)
+            return action, state, self.agent.latents(state)
+        action = self.random.policy(self.envs.num)
+        state = self.agent.initial(self.envs.num) | {"action": torch.as_tensor(action, device=self.device)}
+        return action, state, None
+
+    def _explores(self) -> bool:
+        config = self.config
+        if self.train_start is None or self.replay.steps < config.prefill:
+            return True
+        return config.expl_behavior == "random" and not 0 < config.expl_until <= self.frames
+
+    def _store(self, replay: Replay, obs: dict, action: np.ndarray, latents: tuple | None) -> None:
+        for env in range(len(action)):
+            step = {key: value[env] for key, value in obs.items() if not key.startswith("log_")}
+            replay.add(env, step | {"action": action[env]}, latents and (latents[0][env], latents[1][env]))
+
+    def _store_last(self, obs: dict) -> None:
+        """The observations that were received and not acted on: of interest where they end an episode."""
+        zeros = np.zeros((self.envs.num, self.agent.action_size), np.float32)
+        for env in np.flatnonzero(obs["is_last"]):
+            step = {key: value[env] for key, value in obs.items() if not key.startswith("log_")}
+            self.replay.add(env, step | {"action": zeros[env]}, None)
+
+    def _episode_done(self, ret: float, length: int) -> None:
+        self.episodes += 1
+        self.last_return = float(ret)
+        self.episode_metrics.add({"episode/return": float(ret), "episode/length": float(length)})
+        log.info(f"Episode return: {ret:.1f}, length: {length}")
+
+    def _periodic(self) -> None:
+        """What happens every so many frames. The evaluation comes before the log line and the checkpoint that hold it."""
+        self.progress.update(self.frames, self.updates, self.last_return)
+        if self.should_eval(self.frames):
+            self.evaluate()
+        if self.should_log(self.frames):
+            self.log_scalars()
+        if self.should_save(self.frames):
+            self.save()
+
+    # Learning
+
+    def train(self) -> None:
+        """Runs the updates that are owed."""
+        while self.owed and not self.shutdown.requested:
+            self._update()
+            self.progress.update(self.frames, self.updates, self.last_return)
+
+    def _update(self) -> None:
+        batch = self.replay.sample(self.config.batch_size)
+        tensors = self.agent.to_device({**batch, "context": batch.context})
+        metrics, latents = self.agent.train_step(tensors)
+        self._write_latents()
+        self.pending = (batch.where, latents)
+        self.updates += 1
+        self.metrics.add(metrics)
+        if self.updates % 100 == 0:
+            self._check_finite()
+
+    def _write_latents(self) -> None:
+        if self.pending is not None:
+            where, (deter, stoch) = self.pending
+            self.replay.write_latents(where, deter.cpu().numpy(), stoch.cpu().numpy())
+            self.pending = None
+
+    def _check_finite(self) -> None:
+        """Reads the device's count of masked updates in a row; every hundredth update, so that none waits for it."""
+        bad = int(self.agent.optimizer.bad)
+        if bad >= self.config.opt.max_bad:
+            raise UserError(
+                f"The loss or a gradient was not finite in the last {bad} updates (up to update {self.updates}); they changed "
+                f"nothing, and {self.logdir / 'latest.pt'} is as it was. Look for extreme observations or rewards, or lower opt.lr."
+            )
+
+    # Evaluating, logging, saving
+
+    def evaluate(self) -> None:
+        """Plays episodes, and predicts held-out ones open loop."""
+        config, self.evaluated_at = self.config, self.frames
+        if self.evaluates:
+            generator = torch.Generator(self.device).manual_seed(config.seed + 5 + self.frames)
+
+            def store(obs: dict, action: np.ndarray) -> None:
+                self._store(self.eval_replay, obs, action, None)
+
+            returns, lengths, video = play(
+                self.agent, self.eval_envs, config.eval_episode_num, config.eval_sample, generator,
+                film=config.video_pred_log, on_step=store if config.offline_evaldir is None else None,
+                stop=lambda: self.shutdown.requested,
+            )  # fmt: skip
+            if returns:
+                log.info(f"Evaluation return: {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes")
+                self.logger.scalars({"eval/return": np.mean(returns), "eval/return_std": np.std(returns)})
+                self.logger.scalar("eval/length", np.mean(lengths))
+            if video is not None:
+                self.logger.video("eval/episode", video)
+        if config.video_pred_log and self.eval_replay and self.eval_replay.windows:
+            self._log_predictions()
+        if self.evaluates or config.video_pred_log:
+            self.logger.write(self.frames)
+
+    def _log_predictions(self, count: int = 6) -> None:
+        """Open-loop videos of every image: the model sees the first part of each window and imagines the rest."""
+        batch = self.eval_replay.sample(count)
+        context = max(1, self.config.batch_length // 3)
+        tensors = self.agent.to_device({**batch, "context": batch.context})
+        tensors["context"]["valid"].zero_()  # whatever is stored belongs to older weights
+        with self.agent.autocast():
+            predicted = self.agent.world_model.predict(tensors, context)
+        for key, value in predicted.items():
+            if batch[key].dtype == np.uint8 and batch[key].ndim == 5:
+                self.logger.video(f"open_loop/{key}", open_loop_video(batch[key], value.float().cpu().numpy(), context))
+
+    def log_scalars(self) -> None:
+        scalars = {**self.metrics.result(), **self.episode_metrics.result()}
+        scalars |= {"train/updates": self.updates, "train/episodes": self.episodes}
+        scalars |= {f"replay/{key}": value for key, value in self.replay.stats().items()}
+        self.metrics, self.episode_metrics = tools.Metrics(), tools.Metrics()
+        self.logger.scalars(scalars)
+        self.logger.write(self.frames, fps=True)
+
+    def save(self) -> None:
+        """Data first, then `latest.pt`, so that a checkpoint is never ahead of the data it counts."""
+        self._write_latents()
+        if not self.offline:
+            self.replay.flush()
+        if self.eval_replay is not None and self.config.offline_evaldir is None:
+            self.eval_replay.flush()
+        if int(self.agent.optimizer.bad):
+            log.warning("The latest updates were not finite; the checkpoint before them is kept.")
+            return
+        if self.offline:
+            # Latents are not saved: a resumed run computes them anew, and so does this one, to stay equal to it.
+            self.replay.forget_latents()
+        counters = {"frames": self.frames, "agent_steps": self.replay.steps, "updates": self.updates}
+        counters |= {"episodes": self.episodes, "train_start": self.train_start}
+        tools.save_checkpoint(
+            self.logdir / "latest.pt",
+            {
+                "format": 1,
+                "config": self.config.flat(),
+                "counters": counters,
+                **self.agent.checkpoint(),
+                "exploration": self.random.state(),
+                "replay": self.replay.state(),
+                "eval_replay": self.eval_replay.state() if self.eval_replay else None,
+            },
+        )
+
+    def _resume(self) -> bool:
+        """Restores `latest.pt`; without one, the weights of `checkpoint`, if given. True if anything of this logdir goes on."""
+        path = self.logdir / "latest.pt"
+        if not path.exists():
+            if self.config.checkpoint:
+                self.agent.restore(tools.load_checkpoint(self.config.checkpoint, self.device), weights_only=True)
+                log.info(f"Weights from {self.config.checkpoint}")
+            return bool(self.replay.steps) and not self.offline
+        state = tools.load_checkpoint(path, self.device)
+        self.agent.restore(state)
+        counters = state["counters"]
+        self.updates, self.episodes = counters["updates"], counters["episodes"]
+        self.train_start = counters["train_start"]
+        self.random.load_state(state["exploration"])
+        self.replay.load_state(state["replay"])
+        if self.eval_replay and state["eval_replay"]:
+            self.eval_replay.load_state(state["eval_replay"])
+        return True
+
+    def close(self) -> None:
+        for envs in (self.envs, self.eval_envs):
+            if envs is not None:
+                envs.close()
+        if hasattr(self, "logger"):
+            self.logger.close()
+
+
+def make_envs(config: Config, mode: str, count: int) -> VectorEnv:
+    """`count` environments side by side; `mode` is train or eval."""
+    return make_vector([functools.partial(make_env, config, mode, index) for index in range(count)], config.parallel)
+
+
+def play(
+    agent: Dreamer,
+    envs: VectorEnv,
+    episodes: int,
+    sample: bool,
+    generator: torch.Generator,
+    film: bool = False,
+    on_step=None,
+    stop=lambda: False,
+) -> tuple[list[float], list[int], np.ndarray | None]:
+    """Plays `episodes` episodes with the policy. Returns their returns, lengths (agent steps), and a film of the first.
+
+    Each environment plays its share (some one more), whatever the episodes' lengths: counting the first to finish would
+    favour short ones.
+    """
+    quota = np.array([len(range(env, episodes, envs.num)) for env in range(envs.num)])
+    obs, state = envs.reset(), agent.initial(envs.num)
+    total, length, frames = np.zeros(envs.num), np.zeros(envs.num, int), []
+    returns, lengths = [], []
+    filming = film
+    while (quota > 0).any() and not stop():
+        action, state = agent.policy(obs, state, sample, generator)
+        if on_step:
+            on_step(obs, action)
+        if filming:
+            frame = obs["image"][0] if "image" in obs else envs.render(0)
+            filming = frame is not None
+            if filming:
+                frames.append(np.array(frame))
+        obs = envs.step(action)
+        total = np.where(obs["is_first"], 0, total + obs["reward"])
+        length = np.where(obs["is_first"], 0, length + 1)
+        for env in np.flatnonzero(obs["is_last"] & (quota > 0)):
+            quota[env] -= 1
+            returns.append(float(total[env]))
+            lengths.append(int(length[env]))
+            filming = filming and env != 0
+    return returns, lengths, np.stack(frames) if frames else None
+
+
+def evaluate_checkpoint(config: Config) -> None:
+    """`--mode eval`: plays `episodes` episodes with a checkpoint's weights and configuration, and films the first."""
+    path = Path(config.checkpoint or Path(resolve_paths(config).logdir) / "latest.pt")
+    device = tools.pick_device(config.device)
+    state = tools.load_checkpoint(path, device)
+    own = ("mode", "checkpoint", "episodes", "seed", "device", "precision", "compile", "eval_sample", "eval_envs", "parallel")
+    config = config.replace(**(state["config"] | {key: config[key] for key in own}))
+    envs = make_envs(config, "eval", min(config.eval_envs, config.episodes))
+    try:
+        agent = Dreamer(envs.obs_space, envs.act_space, config, device)
+        agent.restore(state, weights_only=True)
+        generator = torch.Generator(device).manual_seed(config.seed)
+        with tools.Shutdown() as shutdown:
+            returns, lengths, video = play(
+                agent, envs, config.episodes, config.eval_sample, generator, film=True, stop=lambda: shutdown.requested
+            )
+    finally:
+        envs.close()
+    if not returns:
+        raise UserError("Stopped before an episode was complete.")
+    frames = state["counters"]["frames"]
+    print(f"{path} (frame {frames:,}) on {config.task}, {'sampled actions' if config.eval_sample else 'mode'}:")
+    print(f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes (mean length {np.mean(lengths):.0f})")
+    if video is not None:
+        film = path.parent / f"eval-{frames}.mp4"
+        tools.save_mp4(film, video, fps=30)
+        print(f"film of the first: {film}")
+
+
+def main(config: Config) -> None:
+    tools.setup_logging(config.log_level, None if config.mode == "eval" else resolve_paths(config).logdir)
+    tools.seed_everything(config.seed)
+    tools.set_threads(config.threads)
+    if config.deterministic_run:
+        tools.enable_deterministic_run()
+    if config.mode == "eval":
+        evaluate_checkpoint(config)
+        return
+    trainer = Trainer(config)
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
+
+
+def cli(config: Config) -> int:
+    """Exit status: 0, or 1 with one line that says what is wrong."""
+    try:
+        main(config)
+    except (UserError, ConfigError, ReplayError, EnvError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        advice = tools.out_of_memory_help(error)
+        if advice is None:
+            raise
+        print(f"Error: {advice}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli(CONFIG))

@@ -8,7 +8,7 @@ means. Adding a loss is one entry here and one in `loss_scales`. Alignment: step
 received on arriving at it, and the action chosen at it, so the model consumes the action of the step before.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -42,11 +42,11 @@ class WorldModel(nn.Module):
         obs_space: dict,
         action: int,
         *,
-        encoder: dict,
-        decoder: dict,
-        dyn: dict,
-        reward_head: dict,
-        cont_head: dict,
+        encoder: Mapping,
+        decoder: Mapping,
+        dyn: Mapping,
+        reward_head: Mapping,
+        cont_head: Mapping,
         horizon: float = 333,
         contdisc: bool = True,
         kl_free: float = 1.0,
@@ -169,7 +169,7 @@ class Stream(nn.Module):
     """
 
     def __init__(
-        self, reward: Callable, feat_size: int, *, scale: float, discount: float, critic: dict, retnorm: dict | None
+        self, reward: Callable, feat_size: int, *, scale: float, discount: float, critic: Mapping, retnorm: Mapping | None
     ):
         super().__init__()
         critic = dict(critic)
@@ -217,9 +217,9 @@ class ImagBehavior(nn.Module):
         action_size: int,
         classes: Sequence[int],
         *,
-        actor: dict,
-        critic: dict,
-        retnorm: dict,
+        actor: Mapping,
+        critic: Mapping,
+        retnorm: Mapping,
         imag_horizon: int = 15,
         imag_gradient: str = "reinforce",
         imag_gradient_mix: float = 0.1,
@@ -321,7 +321,7 @@ class ImagBehavior(nn.Module):
         """Discount times probability of going on; `cont` already holds the task's discount if `contdisc`."""
         return cont * (discount / self.discount if self.contdisc else discount)
 
-    def _weight(self, cont: Float[Tensor, "n h+1"]) -> Float[Tensor, "n h+1"]:
+    def _weight(self, cont: Float[Tensor, "n states"]) -> Float[Tensor, "n states"]:
         """Discounted probability of still being in each state: cumprod(disc cont) / disc. It leaves out the action's outcome."""
         discount = 1.0 if self.contdisc else self.discount
         return torch.cumprod(discount * cont, 1) / discount
@@ -354,7 +354,7 @@ class ImagBehavior(nn.Module):
         }
 
 
-def total_loss(losses: Losses, scales: dict[str, float]) -> Float[Tensor, ""]:
+def total_loss(losses: Losses, scales: Mapping[str, float]) -> Float[Tensor, ""]:
     """Sum of the scaled means. `rec/<key>` takes the scale `rec`, unless it has one of its own.
 
     Raises KeyError for a loss without a scale or a scale without a loss.

@@ -281,7 +281,7 @@ class RSSM(nn.Module):
         state: State,
         action: Float[Tensor, "b action"],
         tokens: Tokens,
-        is_first: Bool[Tensor, "b"],
+        is_first: Bool[Tensor, " b"],
         noise: Tensor | None = None,
     ) -> State:
         """Posterior after one observation: state and previous action are zeroed where `is_first`."""

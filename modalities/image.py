@@ -4,12 +4,13 @@ Encoder: stages of (convolution, halving, norm, activation). Decoder: a start ma
 plus a net of stoch, then stages that double it. Several image keys are stacked along the channels.
 """
 
+from collections.abc import Sequence
 from math import prod
 
 import numpy as np
 import torch
 from gymnasium import spaces as gs
-from jaxtyping import Float
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor, nn
 
 from distributions import Normal, SquaredError
@@ -20,6 +21,27 @@ from layers import ACTIVATIONS, BlockLinear, Conv, Dense, Linear, RMSNorm
 def recognises(space: gs.Space) -> bool:
     """Boxes of uint8 with three axes."""
     return isinstance(space, gs.Box) and space.dtype == np.uint8 and len(space.shape) == 3
+
+
+def open_loop_video(
+    truth: Shaped[np.ndarray, "b t h w c"], predicted: Float[np.ndarray, "b t h w c"], context: int, edge: int = 2
+) -> UInt8[np.ndarray, "t h2 w2 3"]:
+    """A film of windows side by side; in each column truth, model and error (grey is none), one above the other.
+
+    The frame around the model's picture is green where it has seen the truth (the first `context` steps), red where it imagines.
+    """
+    truth = truth.astype(np.float32) / 255
+    rows = [truth, predicted.clip(0, 1), ((predicted - truth + 1) / 2).clip(0, 1)]
+    seen = np.arange(truth.shape[1]) < context
+    colour = np.where(seen[:, None], (0.1, 0.7, 0.2), (0.9, 0.2, 0.1))[None, :, None, None]
+    framed = []
+    for row, frame in zip(rows, (0.0, colour, 0.0), strict=True):
+        batch, time, height, width, _ = row.shape
+        picture = np.zeros((batch, time, height + 2 * edge, width + 2 * edge, 3), np.float32) + frame
+        picture[:, :, edge:-edge, edge:-edge] = row.repeat(3, -1) if row.shape[-1] == 1 else row[..., :3]
+        framed.append(picture)
+    film = np.concatenate(framed, 2)
+    return (np.concatenate(list(film), 2) * 255).round().astype(np.uint8)
 
 
 def common_size(spaces: dict[str, gs.Space], stages: int) -> tuple[int, int]:
@@ -46,7 +68,7 @@ class ImageEncoder(nn.Module):
         spaces: dict,
         *,
         depth: int,
-        mults: list[int],
+        mults: Sequence[int],
         kernel: int = 5,
         downsample: str = "pool",
         act: str = "silu",
@@ -87,7 +109,7 @@ class ImageDecoder(nn.Module):
         *,
         units: int,
         depth: int,
-        mults: list[int],
+        mults: Sequence[int],
         kernel: int = 5,
         blocks: int = 8,
         upsample: str = "nearest",

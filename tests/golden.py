@@ -125,10 +125,10 @@ class Reference:
 class Names:
     """Which of our parameters is which of the reference's arrays, and how their layouts differ.
 
-    `pairs` lists (our tensor, reference layer and array, to_ours, to_reference)."""
+    `pairs` lists (our tensor, the reference's name, to_ours, to_reference); `vector_head` names a vector's output layer."""
 
-    def __init__(self, reference: Reference, agent: Dreamer):
-        self.reference = reference
+    def __init__(self, agent: Dreamer, vector_head=lambda key: f"dec/vec/{key}/pred"):
+        self.vector_head = vector_head
         self.pairs: list[tuple[torch.nn.Parameter, str, object, object]] = []
         model, behavior = agent.world_model, agent.behavior
         self._encoder(model)
@@ -145,14 +145,15 @@ class Names:
         else:
             self._linear("pol/head/action/mean", behavior.actor.mean)
             self._linear("pol/head/action/stddev", behavior.actor.std)
-        named, known = {name for _, name, _, _ in self.pairs}, set(reference.weights)
-        if named != known:
-            raise SystemExit(f"Weights without a counterpart: {sorted(known ^ named)}")
 
-    def load(self) -> None:
+    def load(self, weights: dict[str, np.ndarray]) -> None:
+        """Copies the reference's weights into ours. SystemExit if either side has a weight that the other lacks."""
+        unmatched = {name for _, name, _, _ in self.pairs} ^ set(weights)
+        if unmatched:
+            raise SystemExit(f"Weights without a counterpart: {sorted(unmatched)}")
         with torch.no_grad():
             for tensor, name, to_ours, _ in self.pairs:
-                tensor.copy_(torch.from_numpy(np.ascontiguousarray(to_ours(self.reference.weights[name]))))
+                tensor.copy_(torch.from_numpy(np.ascontiguousarray(to_ours(weights[name]))))
 
     def _add(self, tensor, name, to_ours=lambda x: x, to_reference=lambda x: x) -> None:
         self.pairs.append((tensor, name, to_ours, to_reference))
@@ -188,10 +189,10 @@ class Names:
             self._add(stage.norm.scale, f"{name}norm/scale")
 
     def _encoder(self, model) -> None:
-        if self.reference.vectors:
+        if "vector" in model.encoder.encoders:
             for n, layer in enumerate(model.encoder.encoders["vector"].mlp):
                 self._dense(f"enc/mlp{n}", f"enc/mlp{n}norm", layer)
-        if self.reference.images:
+        if "image" in model.encoder.encoders:
             for n, stage in enumerate(model.encoder.encoders["image"].stages):
                 self._conv(f"enc/cnn{n}", stage)
 
@@ -214,13 +215,13 @@ class Names:
 
     def _decoder(self, model) -> None:
         rssm = model.rssm
-        if self.reference.vectors:
+        if "vector" in model.decoder.decoders:
             decoder = model.decoder.decoders["vector"]
             self._mlp("dec/mlp", decoder.mlp, swap=(rssm.deter, rssm.stoch_size))
-            for key in self.reference.vectors:
+            for key in decoder.spaces:
                 (layer,) = decoder.out[key]
-                self._linear(self.reference.vector_head(key), layer)
-        if self.reference.images:
+                self._linear(self.vector_head(key), layer)
+        if "image" in model.decoder.decoders:
             decoder = model.decoder.decoders["image"]
             self._add(decoder.from_deter.weight, "dec/sp0/kernel")
             self._add(decoder.from_deter.bias, "dec/sp0/bias")
@@ -237,8 +238,8 @@ def build(reference: Reference, horizon: float, lam: float, imag_horizon: int) -
     settings = reference.settings(horizon, lam, imag_horizon)
     config = configuration.load([]).replace(**settings)
     agent = Dreamer(reference.obs_space(), reference.act_space(), config)
-    names = Names(reference, agent)
-    names.load()
+    names = Names(agent, reference.vector_head)
+    names.load(reference.weights)
     retnorm = agent.behavior.streams["extrinsic"].retnorm
     retnorm.lo.fill_(reference.retnorm["lo"])
     retnorm.hi.fill_(reference.retnorm["hi"])

@@ -1,0 +1,17 @@
+"""Shared by all tests: the project on the path, shapes in type hints checked, MuJoCo headless, few threads."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("MUJOCO_GL", "egl")
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+import torch  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+torch.set_num_threads(1)  # the networks of tests are too small for more
+# Every shape in these rooms' type hints is checked while the tests run.
+install_import_hook(
+    ["distributions", "returns", "optim", "layers", "modalities", "networks", "models"], "typecheck.checked"
+)

@@ -1,0 +1,361 @@
+"""Tools of a run: counters, averages, checkpoints, seeds, signals, devices; and the names of `logger.py`, handed on.
+
+    python tools.py logdir/latest.pt      # what is in a checkpoint
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import pickle
+import random
+import signal
+import sys
+import threading
+import zipfile
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from errors import UserError
+from logger import Logger, Progress, atomic_write, format_duration, human, save_mp4, setup_logging
+from replay import Replay, sample_episodes
+
+__all__ = [
+    "Every", "Logger", "Metrics", "Once", "Progress", "Replay", "Shutdown", "Until", "UserError", "atomic_write",
+    "describe_checkpoint", "enable_deterministic_run", "format_duration", "generator_state", "human", "load_checkpoint",
+    "out_of_memory_help", "parameter_table", "pick_device", "sample_episodes", "save_checkpoint", "save_mp4",
+    "seed_everything", "set_generator_state", "set_threads", "setup_logging",
+]
+
+log = logging.getLogger(__name__)
+
+
+# Counters (on frames, or whatever is counted)
+
+
+class Every:
+    """True when a multiple of `interval` was reached or passed since the last call; once, however many were passed.
+
+    interval 0: never. start: where the run starts or resumes; nothing else has to be saved.
+    """
+
+    def __init__(self, interval: float, start: float = 0):
+        if interval < 0:
+            raise ValueError(f"Found interval {interval}, expected 0 (never) or more.")
+        self.interval = interval
+        self._passed = start // interval if interval else 0
+
+    def __call__(self, step: float) -> bool:
+        if not self.interval or step // self.interval <= self._passed:
+            return False
+        self._passed = step // self.interval
+        return True
+
+
+class Until:
+    """True while `step` is below `end`; end 0: always."""
+
+    def __init__(self, end: float):
+        self.end = end
+
+    def __call__(self, step: float) -> bool:
+        return not self.end or step < self.end
+
+
+class Once:
+    """True at the first call at or after `at`. start: where a run resumes, past what was done (None: it begins)."""
+
+    def __init__(self, at: float = 0, start: float | None = None):
+        self.at = at
+        self.done = start is not None and start >= at
+
+    def __call__(self, step: float) -> bool:
+        fires = not self.done and step >= self.at
+        self.done = self.done or fires
+        return fires
+
+
+# Averages
+
+
+class Metrics:
+    """Averages of numbers between two log lines, kept on their device; reading them is the only synchronisation.
+
+        metrics.add(losses)           # dict of 0-d tensors; any names at any time
+        logger.scalars(metrics.result())
+
+    Each name is averaged over the times it was given with a finite value. Where some were not finite, an entry
+    `<name>_nonfinite` says how many; if none was finite, the average is NaN.
+    """
+
+    def __init__(self):
+        self._groups: dict[tuple, list[torch.Tensor]] = {}  # (device, names) -> [sum, finite, given] of each name
+
+    def add(self, values: Mapping[str, torch.Tensor | float]) -> None:
+        """A few kernels for the whole dictionary, no synchronisation; the tensors may be overwritten afterwards."""
+        by_device = defaultdict(dict)
+        for name, value in values.items():
+            value = torch.as_tensor(value).detach()
+            if value.ndim:
+                raise ValueError(f"Metric {name}: found shape {list(value.shape)}, expected []; average it.")
+            by_device[value.device][name] = value if value.dtype == torch.float32 else value.float()
+        for device, named in by_device.items():
+            vector = torch.stack(list(named.values())).double()  # long sums of float32 would lose digits
+            finite = vector.isfinite()
+            terms = torch.stack([vector.where(finite, 0), finite.double(), torch.ones_like(vector)])
+            key = (device, *named)
+            if key in self._groups:
+                self._groups[key] += terms
+            else:
+                self._groups[key] = terms
+
+    def result(self) -> dict[str, float]:
+        """The averages since the last call, in the order the names first came; one transfer per device."""
+        totals = defaultdict(lambda: np.zeros(3))
+        groups, self._groups = self._groups, {}
+        for device in dict.fromkeys(key[0] for key in groups):
+            here = [(key[1:], sums) for key, sums in groups.items() if key[0] == device]
+            names = [name for key, _ in here for name in key]
+            for name, terms in zip(names, torch.cat([sums for _, sums in here], 1).T.cpu().numpy(), strict=True):
+                totals[name] += terms
+        result = {}
+        for name, (total, finite, given) in totals.items():
+            result[name] = float(total / finite) if finite else math.nan
+            if finite < given:
+                result[f"{name}_nonfinite"] = float(given - finite)
+        return result
+
+
+# Checkpoints
+
+
+_PLAIN = (str, int, float, bool, type(None), bytes)  # exactly: numpy's float64 is a float, but is pickled as an object
+
+
+def _leaves(value, path: str = "") -> Iterator[tuple[str, object]]:
+    """Everything in nested dictionaries, lists and tuples that is none of them, each with its path `a/b/0`."""
+    if type(value) in (dict, OrderedDict):
+        pairs = value.items()
+    elif type(value) in (list, tuple):
+        pairs = enumerate(value)
+    else:
+        yield path, value
+        return
+    for key, inner in pairs:
+        yield from _leaves(inner, f"{path}/{key}" if path else str(key))
+
+
+def save_checkpoint(path: str | Path, content: dict) -> None:
+    """Writes nested dictionaries, lists and tuples of tensors and plain values, so that `path` is always a whole file.
+
+    Raises TypeError for what `load_checkpoint` could not read back (found now, not at the resume), and UserError where
+    it cannot be written (a full disk); the earlier file is intact then.
+    """
+    storages = {}
+    for key, leaf in _leaves(content):
+        if isinstance(leaf, torch.Tensor):
+            storage = leaf.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif type(leaf) not in _PLAIN:
+            raise TypeError(f"Checkpoint entry {key} is a {type(leaf).__name__}, expected a tensor or a plain value.")
+    with atomic_write(path, sum(storages.values())) as file:
+        torch.save(content, file)
+
+
+def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
+    """What `save_checkpoint` wrote. Raises UserError where the file is missing, damaged, or not such a file.
+
+    Nothing in the file is run (weights_only), and its checksums are compared, which torch alone does not do.
+    """
+    path = Path(path)
+    advice = "Give another file with --checkpoint, or move this one away to start without it."
+    if not path.is_file():
+        beside = sorted(file.name for file in path.parent.glob("*.pt")) if path.parent.is_dir() else []
+        raise UserError(f"{path}: found no such checkpoint, expected a file that a run has saved. "
+                        + (f"Beside it: {', '.join(beside)}." if beside else "Check the path."))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: holds other things than tensors and plain values, which are not loaded because "
+                        f"they could run code. {advice}") from error
+    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        if out_of_memory_help(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: damaged, truncated or not a checkpoint ({reason}). {advice}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, expected a dictionary. {advice}")
+    return content
+
+
+def describe_checkpoint(path: str | Path) -> None:
+    """Prints the keys of a checkpoint like a table of contents, with the shapes of tensors."""
+
+    def show(key: str, value, depth: int) -> None:
+        left = "  " * depth + str(key)
+        if isinstance(value, dict | list | tuple) and value:
+            tensors = [leaf for _, leaf in _leaves(value) if isinstance(leaf, torch.Tensor)]
+            size = f", {human(sum(tensor.numel() for tensor in tensors))} numbers" if tensors else ""
+            print(f"{left}  ({len(value)} entries{size})")
+            for inner, item in value.items() if isinstance(value, dict) else enumerate(value):
+                show(inner, item, depth + 1)
+            return
+        if isinstance(value, torch.Tensor):
+            shown = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        else:
+            shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
+        print(f"{left:<48}  {shown}")
+
+    content = load_checkpoint(path)
+    print(f"{path}  ({Path(path).stat().st_size / 2**20:.1f} MiB)")
+    for key, value in content.items():
+        show(key, value, 1)
+
+
+# Randomness
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global generators of Python, numpy and torch: for initial weights, and for libraries that use them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def enable_deterministic_run() -> None:
+    """Only deterministic kernels from now on. Call it before CUDA starts."""
+    if torch.cuda.is_initialized() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+        raise RuntimeError("enable_deterministic_run was called after CUDA had started, expected before; "
+                           "call it first, or set CUBLAS_WORKSPACE_CONFIG=:4096:8 outside.")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.backends.cudnn.benchmark = False  # would choose kernels by their speed of the day
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(True)
+
+
+def set_threads(n: int) -> None:
+    """CPU threads of torch; 0: its own choice."""
+    if n:
+        torch.set_num_threads(n)
+
+
+def generator_state(generator: torch.Generator | np.random.Generator) -> torch.Tensor | str:
+    """The state in a form that a checkpoint can hold: torch's bytes as they are, numpy's big integers as JSON."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    return json.dumps(generator.bit_generator.state, default=np.ndarray.tolist)
+
+
+def set_generator_state(generator: torch.Generator | np.random.Generator, state: torch.Tensor | str) -> None:
+    """Sets what `generator_state` gave for a generator of the same kind; otherwise it is a ValueError."""
+    if isinstance(generator, torch.Generator) != isinstance(state, torch.Tensor):
+        raise ValueError(f"Found a state of type {type(state).__name__} for a {type(generator).__module__} generator; "
+                         "expected a tensor for torch and text for numpy.")
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state.cpu())  # also a CUDA generator's state lives on the CPU
+    else:
+        generator.bit_generator.state = json.loads(state)
+
+
+# Signals
+
+
+class Shutdown:
+    """While the block runs, SIGINT and SIGTERM only set `requested`, so that the loop can save and end by itself.
+
+    Ctrl-C after that raises KeyboardInterrupt at once. The earlier handlers are back after the block. Outside the main
+    thread, where Python allows no handlers, it does nothing.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self._earlier = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._earlier[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+        self._earlier.clear()
+
+    def _handle(self, number: int, frame) -> None:
+        if self.requested:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.requested = True
+        # Not print: the signal may have interrupted a print, which cannot be entered twice.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nsaving, press Ctrl-C again to stop at once\n")
+
+
+# Devices and sizes
+
+
+def pick_device(name: str) -> torch.device:
+    """auto (CUDA if there is one), cpu, cuda, or cuda:N. Raises UserError for what is not there; starts no CUDA."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or name.endswith(":"):
+        raise UserError(f"--device {name}: not a device; expected auto, cpu, cuda, or cuda:1 (any number).")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not count:
+        if torch.version.cuda is None:
+            seen = f"torch {torch.__version__} is built without CUDA"
+        else:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            masked = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible!r}"
+            seen = f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no device{masked}; see nvidia-smi"
+        raise UserError(f"--device {name}: {seen}. Use --device cpu, or --configs ... cpu for a lighter set-up.")
+    if int(index or 0) >= count:
+        raise UserError(f"--device {name}: torch sees {count} device(s), cuda:0 to cuda:{count - 1}. "
+                        "Use one of these, or --device cpu.")
+    return torch.device("cuda", int(index or 0))
+
+
+def out_of_memory_help(error: BaseException) -> str | None:
+    """One line on what to make smaller where `error` is a lack of memory (CUDA or host), otherwise None."""
+    text = str(error)
+    signs = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed")
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(sign in text.lower() for sign in signs):
+        return None
+    reason = text.partition(" GPU ")[0].partition("\n")[0].strip().rstrip(".") or "Out of memory"
+    host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in text
+    data = ", dataset_size (steps in memory)" if host else ""
+    return (f"{reason}. Make one of these smaller: batch_size, batch_length, imag_horizon, envs{data}, or the network "
+            "(a block such as --configs ... size12m); or --precision bfloat16.")
+
+
+def parameter_table(modules: Mapping[str, nn.Module]) -> str:
+    """Names and parameters in millions, and their total; what two modules share counts once there."""
+    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+    shared = {id(p): p.numel() for module in modules.values() for p in module.parameters()}
+    rows = [*counts.items(), ("total", sum(shared.values()))]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {count / 1e6:9.3f} M" for name, count in rows)
+
+
+if __name__ == "__main__":
+    try:
+        if len(sys.argv) != 2:
+            raise UserError("usage: python tools.py CHECKPOINT")
+        describe_checkpoint(sys.argv[1])
+    except UserError as error:
+        sys.exit(str(error))
