@@ -1,8 +1,8 @@
 """Distributions that heads put out, and the squashings around them.
 
 Every distribution here has `log_prob(x)`, `loss(x) = -log_prob(x)` and `mode()`; the ones that are sampled have
-`sample(noise)`, where the noise is an input (Gumbel for categoricals, standard normal otherwise): zero Gumbel noise is the
-arg max, zero normal noise is the mean. The last axes, which make up one event, are summed over.
+`sample(noise)`, where the noise is an input (Gumbel for categoricals, standard normal otherwise): zero Gumbel noise is
+the arg max, zero normal noise is the mean. The last axes, which make up one event, are summed over.
 Everything is computed in float32 (or wider), whatever the precision of the network that put out the logits.
 """
 
@@ -44,8 +44,8 @@ def symexp_bins(count: int, limit: float = 20.0, **kwargs) -> Float[Tensor, " co
 class OneHot:
     """Categorical whose samples are one-hot vectors [..., classes], with straight-through gradients.
 
-    `unimix` mixes that share of a uniform distribution into the probabilities (paper: 1 %), so that no class dies out and
-    KL terms stay bounded; sampling, straight-through gradient, entropy and KL all see the mixed probabilities.
+    `unimix` mixes that share of a uniform distribution into the probabilities (paper: 1 %), so that no class dies out
+    and KL terms stay bounded; sampling, straight-through gradient, entropy and KL all see the mixed probabilities.
     """
 
     def __init__(self, logits: Float[Tensor, "*b classes"], unimix: float = 0.0):
@@ -61,7 +61,9 @@ class OneHot:
         return self._one_hot(self.log_probs)
 
     def sample(self, gumbel: Float[Tensor, "*b classes"]) -> Float[Tensor, "*b classes"]:
-        """Gumbel-max sample. The bracket is exactly zero forwards and carries the gradient of the probabilities backwards."""
+        """Gumbel-max sample. The bracket is exactly zero forwards and carries the gradient of the probabilities
+        backwards.
+        """
         return self._one_hot(self.log_probs.detach() + gumbel) + (self.probs - self.probs.detach())
 
     def log_prob(self, onehot: Float[Tensor, "*b classes"]) -> Float[Tensor, "*b"]:
@@ -168,7 +170,8 @@ class SquaredError:
 
 
 class TwoHot:
-    """A scalar as a categorical over bins: the target's mass is split between its two neighbouring bins (paper, eq. 10).
+    """A scalar as a categorical over bins: the target's mass is split between its two neighbouring bins (paper, eq.
+    10).
 
     With `squash` (`symlog_disc`, the 2023 version) the bins are evenly spaced in symlog space and the prediction is the
     symexp of the expected bin; without it (`symexp_twohot`) the bins themselves are exponentially spaced.
@@ -180,7 +183,8 @@ class TwoHot:
         self.squash = squash
 
     def mode(self) -> Float[Tensor, "*b"]:
-        """Expected bin. Mirrored bins are subtracted before they are weighed, so that symmetric logits give exactly 0."""
+        """Expected bin. Mirrored bins are subtracted before they are weighed, so that symmetric logits give exactly 0.
+        """
         half = self.bins.shape[0] // 2
         probs = torch.softmax(self.logits, -1)
         mean = (probs[..., -half:] - probs[..., :half].flip(-1)) @ self.bins[-half:]

@@ -1,10 +1,11 @@
 """Train DreamerV3: `python dreamer.py --configs dmc_vision --task dmc_walker_walk --logdir logdir/walker`.
 
-`Dreamer` is the agent: it acts (`policy`) and learns (`train_step`). `Trainer` is the run: it steps environments, fills the
-replay, lets the agent learn at the configured ratio, evaluates, logs, and saves; the same command resumes.
+`Dreamer` is the agent: it acts (`policy`) and learns (`train_step`). `Trainer` is the run: it steps environments, fills
+the replay, lets the agent learn at the configured ratio, evaluates, logs, and saves; the same command resumes.
 
-Counters: a *frame* is one step of the simulator, an *agent step* is one action (`action_repeat` frames), an *update* is one
-optimizer step. The number of agent steps is what the replay has stored, on disk and in memory, and never anything else.
+Counters: a *frame* is one step of the simulator, an *agent step* is one action (`action_repeat` frames), an *update* is
+one optimizer step. The number of agent steps is what the replay has stored, on disk and in memory, and never anything
+else.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that --help and typing errors answer at once
@@ -76,7 +77,9 @@ class Dreamer(nn.Module):
             rssm = self.world_model.rssm
             rssm._obs_step, rssm.img_step = torch.compile(rssm._obs_step), torch.compile(rssm.img_step)
 
-    def _optimizer(self, lr: float, actor_lr: float | None, critic_lr: float | None, max_bad: int, **options) -> Optimizer:
+    def _optimizer(
+        self, lr: float, actor_lr: float | None, critic_lr: float | None, max_bad: int, **options
+    ) -> Optimizer:
         def of(prefix: str, module: nn.Module) -> list:
             return [(f"{prefix}.{name}", p) for name, p in module.named_parameters() if p.requires_grad]
 
@@ -91,7 +94,7 @@ class Dreamer(nn.Module):
     # Acting
 
     def initial(self, num: int) -> dict:
-        """The state that `policy` carries for `num` environments: latent, previous action, and what the behaviour carries."""
+        """What `policy` carries for `num` environments: latent, previous action, and the behaviour's own."""
         return {
             "latent": self.world_model.rssm.initial(num),
             "action": torch.zeros(num, self.action_size, device=self.device),
@@ -108,7 +111,8 @@ class Dreamer(nn.Module):
     ) -> tuple[np.ndarray, dict]:
         """Action [E, action] for a batch of observations [E, ...] and the state that it leads to.
 
-        State and previous action are reset where `is_first`. Actions are sampled, or the mode; latents are always sampled.
+        State and previous action are reset where `is_first`. Actions are sampled, or the mode; latents are always
+        sampled.
         """
         obs = {k: self._tensor(v) for k, v in obs.items() if not k.startswith("log_")}
         is_first, generator = obs["is_first"], generator or self.policy_generator
@@ -130,7 +134,7 @@ class Dreamer(nn.Module):
     # Learning
 
     def train_step(self, batch: dict, noise: dict | None = None) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
-        """One update on a batch of tensors on the device. Returns metrics (0-d tensors) and the refreshed latents as stored."""
+        """One update on a batch on the device. Returns metrics (0-d tensors) and the refreshed latents as stored."""
         losses, post, metrics = self.losses(batch, noise)
         loss = total_loss(losses, self.loss_scales)
         optimized = self.optimizer.step(loss)
@@ -228,13 +232,14 @@ class Trainer:
             self.close()
             raise
         self.updates, self.episodes = 0, 0
-        # Agent steps from which updates are owed; what an earlier session has stored counts from the end of its prefill.
+        # Agent steps from which updates are owed; what an earlier session has stored counts from the end of its
+        # prefill.
         self.train_start = config.prefill if self.replay.steps else None
         self.last_return, self.evaluated_at = math.nan, None
         self.metrics, self.episode_metrics = tools.Metrics(), tools.Metrics()
         self.pending = None  # latents of the latest update, written back while the device works on the next
         resumed = self._resume()
-        self.logger = self._make_logger(resumed)
+        self.logger = self._make_logger()
         self.should_log, self.should_eval, self.should_save = (
             tools.Every(interval, self.frames) for interval in (config.log_every, config.eval_every, config.save_every)
         )
@@ -297,20 +302,19 @@ class Trainer:
             return None
         return Replay(Path(config.evaldir), capacity=capacity, streams=config.eval_envs, online=False, **options)
 
-    def _make_logger(self, resumed: bool) -> tools.Logger:
+    def _make_logger(self) -> tools.Logger:
         config = self.config
         wandb = {"project": config.wandb_project, "name": self.logdir.name} if config.wandb else None
         logger = tools.Logger(
             self.logdir, self.frames, tensorboard=config.tensorboard, wandb=wandb, config=config.flat()
         )
-        if resumed and self.offline:
-            logger.drop_after(self.frames)  # these updates are about to be repeated
+        logger.drop_after(self.frames)  # lines of what was lost with the process, and is about to be repeated
         return logger
 
     def _introduce(self, resumed: bool) -> None:
         config, agent = self.config, self.agent
         sees = ", ".join(f"{key} {'x'.join(map(str, s.shape)) or s}" for key, s in self.obs_space.items())
-        acts = f"{agent.action_size} continuous" if not agent.classes else "+".join(map(str, agent.classes)) + " discrete"
+        acts = "+".join(map(str, agent.classes)) + " discrete" if agent.classes else f"{agent.action_size} continuous"
         source = f"recorded episodes in {config.offline_traindir}" if self.offline else f"{config.envs} environments"
         log.info(f"Training {config.task} on {self.device} from {source}: observes {sees}; acts {acts}")
         modules = {"encoder": agent.world_model.encoder, "rssm": agent.world_model.rssm}
@@ -372,7 +376,8 @@ class Trainer:
             self.evaluate()
         self.save()
         self.logger.flush()
-        log.info(f"{'Stopped' if self.shutdown.requested else 'Finished'} at frame {self.frames:,}; saved in {self.logdir}")
+        ended = "Stopped" if self.shutdown.requested else "Finished"
+        log.info(f"{ended} at frame {self.frames:,}; saved in {self.logdir}")
 
     def _run_online(self) -> None:
         obs = self.envs.reset()
@@ -395,8 +400,8 @@ class Trainer:
     def _run_offline(self) -> None:
         if self.replay.windows == 0:
             raise UserError(
-                f"offline_traindir ({self.config.offline_traindir}) holds {len(self.replay)} steps, too few for one window of "
-                f"batch_length + 1 = {self.config.batch_length + 1}."
+                f"offline_traindir ({self.config.offline_traindir}) holds {len(self.replay)} steps, too few for one "
+                f"window of batch_length + 1 = {self.config.batch_length + 1}."
             )
         while self.owed and not self.shutdown.requested:
             self._update()
@@ -436,7 +441,7 @@ class Trainer:
         log.info(f"Episode return: {ret:.1f}, length: {length}")
 
     def _periodic(self) -> None:
-        """What happens every so many frames. The evaluation comes before the log line and the checkpoint that hold it."""
+        """What happens every so many frames. An evaluation comes before the checkpoint that follows it."""
         self.progress.update(self.frames, self.updates, self.last_return)
         if self.should_eval(self.frames):
             self.evaluate()
@@ -475,8 +480,9 @@ class Trainer:
         bad = int(self.agent.optimizer.bad)
         if bad >= self.config.opt.max_bad:
             raise UserError(
-                f"The loss or a gradient was not finite in the last {bad} updates (up to update {self.updates}); they changed "
-                f"nothing, and {self.logdir / 'latest.pt'} is as it was. Look for extreme observations or rewards, or lower opt.lr."
+                f"The loss or a gradient was not finite in the last {bad} updates (up to update {self.updates}); they "
+                f"changed nothing, and {self.logdir / 'latest.pt'} is as it was. Look for extreme observations or "
+                "rewards, or lower opt.lr."
             )
 
     # Evaluating, logging, saving
@@ -496,9 +502,9 @@ class Trainer:
                 stop=lambda: self.shutdown.requested,
             )  # fmt: skip
             if returns:
-                log.info(f"Evaluation return: {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes")
-                self.logger.scalars({"eval/return": np.mean(returns), "eval/return_std": np.std(returns)})
-                self.logger.scalar("eval/length", np.mean(lengths))
+                mean, std = np.mean(returns), np.std(returns)
+                log.info(f"Evaluation return: {mean:.1f} ± {std:.1f} over {len(returns)} episodes")
+                self.logger.scalars({"eval/return": mean, "eval/return_std": std, "eval/length": np.mean(lengths)})
             if video is not None:
                 self.logger.video("eval/episode", video)
         if config.video_pred_log and self.eval_replay and self.eval_replay.windows:
@@ -555,7 +561,7 @@ class Trainer:
         )
 
     def _resume(self) -> bool:
-        """Restores `latest.pt`; without one, the weights of `checkpoint`, if given. True if anything of this logdir goes on."""
+        """Restores `latest.pt`, or else the weights of `checkpoint`, if given. True if anything here goes on."""
         path = self.logdir / "latest.pt"
         if not path.exists():
             if self.config.checkpoint:
@@ -631,7 +637,8 @@ def evaluate_checkpoint(config: Config) -> None:
     path = Path(config.checkpoint or Path(resolve_paths(config).logdir) / "latest.pt")
     device = tools.pick_device(config.device)
     state = tools.load_checkpoint(path, device)
-    own = ("mode", "checkpoint", "episodes", "seed", "device", "precision", "compile", "eval_sample", "eval_envs", "parallel")
+    own = ("mode", "checkpoint", "episodes", "seed", "device", "precision", "compile", "threads")
+    own += ("eval_sample", "eval_envs", "parallel")
     config = config.replace(**(state["config"] | {key: config[key] for key in own}))
     envs = make_envs(config, "eval", min(config.eval_envs, config.episodes))
     try:
@@ -648,7 +655,8 @@ def evaluate_checkpoint(config: Config) -> None:
         raise UserError("Stopped before an episode was complete.")
     frames = state["counters"]["frames"]
     print(f"{path} (frame {frames:,}) on {config.task}, {'sampled actions' if config.eval_sample else 'mode'}:")
-    print(f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes (mean length {np.mean(lengths):.0f})")
+    mean, std, length = np.mean(returns), np.std(returns), np.mean(lengths)
+    print(f"return {mean:.1f} ± {std:.1f} over {len(returns)} episodes (mean length {length:.0f})")
     if video is not None:
         film = path.parent / f"eval-{frames}.mp4"
         tools.save_mp4(film, video, fps=30)
@@ -678,12 +686,15 @@ def cli(config: Config) -> int:
     except (UserError, ConfigError, ReplayError, EnvError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         advice = tools.out_of_memory_help(error)
         if advice is None:
             raise
         print(f"Error: {advice}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -30,8 +30,10 @@ class Random:
             case spaces.MultiDiscrete():
                 self.sizes = [int(n) for n in act_space.nvec.flatten()]
             case _:
-                raise UserError(f'Found the action space {act_space}, expected Box, Discrete or MultiDiscrete; '
-                                'convert it in a wrapper of the environment.')
+                raise UserError(
+                    f"Found the action space {act_space}, expected Box, Discrete or MultiDiscrete; "
+                    "convert it in a wrapper of the environment."
+                )
         if self.sizes is not None:
             self.size = sum(self.sizes)
 

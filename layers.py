@@ -1,7 +1,7 @@
 """Layers: linear and block-linear maps, RMS norm, MLPs, convolution stages, and how all of them are initialised.
 
-Convolutions run on channels-last memory: a frame comes in as [height, width, channels], the norm is over channels, and flattening
-yields (height, width, channels), all without a copy.
+Convolutions run on channels-last memory: a frame comes in as [height, width, channels], the norm is over channels, and
+flattening yields (height, width, channels), all without a copy.
 """
 
 import math
@@ -147,7 +147,9 @@ class ScalarHead(nn.Module):
         outscale: scale of the output layer's initial weights; 0 predicts exactly 0 at first.
     """
 
-    def __init__(self, inputs: int, *, layers: int, units: int, dist: str, bins: int, outscale: float, act: str = "silu"):
+    def __init__(
+        self, inputs: int, *, layers: int, units: int, dist: str, bins: int, outscale: float, act: str = "silu"
+    ):
         super().__init__()
         self.dist = dist
         self.twohot = dist in ("symexp_twohot", "symlog_disc")

@@ -53,13 +53,16 @@ def disk_errors(path: Path, needed: int = 0, earlier: str = "") -> Iterator[None
     except OSError as error:
         reason = error.strerror or str(error).partition("\n")[0]
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"Could not write {path}: {reason}. {earlier}"
-                            "Check the folder, its permissions and its space, or choose another --logdir.") from error
+            raise UserError(
+                f"Could not write {path}: {reason}. {earlier}"
+                "Check the folder, its permissions and its space, or choose another --logdir."
+            ) from error
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         size = f"{needed / 2**20:.1f} MiB needed, " if needed else ""
         free = f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB free"
-        raise UserError(f"Could not write {path}: {reason} ({size}{free}). {earlier}"
-                        "Free some space and run the same command again.") from error
+        raise UserError(
+            f"Could not write {path}: {reason} ({size}{free}). {earlier}Free some space and run the same command again."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -155,8 +158,9 @@ def as_frames(name: str, frames) -> np.ndarray:
     """uint8 `[T, H, W, 3]` from `[T, H, W, C]` or `[B, T, H, W, C]` (side by side), C 1 or 3; numpy or torch."""
     frames = frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else np.asarray(frames)
     if frames.dtype != np.uint8 or frames.ndim not in (4, 5) or frames.shape[-1] not in (1, 3) or not frames.size:
-        raise ValueError(f"Video {name}: found {frames.dtype} {list(frames.shape)}, "
-                         "expected uint8 [T, H, W, 3] or [B, T, H, W, 3].")
+        raise ValueError(
+            f"Video {name}: found {frames.dtype} {list(frames.shape)}, expected uint8 [T, H, W, 3] or [B, T, H, W, 3]."
+        )
     if frames.ndim == 5:
         frames = np.concatenate(list(frames), axis=2)
     return np.repeat(frames, 3 // frames.shape[-1], axis=-1)
@@ -179,6 +183,7 @@ def save_mp4(path: str | Path, frames, fps: float) -> Path:
     """
     import imageio.v2 as imageio  # only videos need it
     import imageio_ffmpeg
+
     path = Path(path)
     frames = as_frames(path.name, frames)
     factor = max(1, math.ceil(256 / max(frames.shape[1:3])))
@@ -190,8 +195,16 @@ def save_mp4(path: str | Path, frames, fps: float) -> Path:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with imageio.get_writer(temporary, format="FFMPEG", mode="I", fps=fps, codec="libx264", quality=8,
-                                    macro_block_size=1, ffmpeg_log_level="error") as writer:
+            with imageio.get_writer(
+                temporary,
+                format="FFMPEG",
+                mode="I",
+                fps=fps,
+                codec="libx264",
+                quality=8,
+                macro_block_size=1,
+                ffmpeg_log_level="error",
+            ) as writer:
                 for frame in frames:
                     writer.append_data(frame)
             # The encoder's own failure at its last write (a full disk) raises nothing above.
@@ -262,8 +275,17 @@ class Logger:
     what is not finite is `null` there (JSON has no NaN). A line that a crash tore is cut at the next start.
     """
 
-    def __init__(self, logdir: str | Path, step: int = 0, *, tensorboard: bool = True, wandb: dict | None = None,
-                 config: Mapping | None = None, fps: float = 20, mp4: bool = True):
+    def __init__(
+        self,
+        logdir: str | Path,
+        step: int = 0,
+        *,
+        tensorboard: bool = True,
+        wandb: dict | None = None,
+        config: Mapping | None = None,
+        fps: float = 20,
+        mp4: bool = True,
+    ):
         self.logdir = Path(logdir)
         self.metrics_path = self.logdir / "metrics.jsonl"
         self.fps = fps
@@ -413,7 +435,7 @@ class Logger:
         rest = json.dumps(entry, allow_nan=False).encode() + b"\n"
         with disk_errors(self.metrics_path):
             while rest:  # an unbuffered write may take only a part; the next then says why
-                rest = rest[self._metrics.write(rest):]
+                rest = rest[self._metrics.write(rest) :]
 
     # The other outputs
 
@@ -423,8 +445,10 @@ class Logger:
 
     def _write_tensorboard(self, step: int, scalars: dict[str, float], media: list) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
+
         if self._tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter  # starts slowly
+
             # Events after the start were logged by a process that died: TensorBoard hides them.
             self._tensorboard = SummaryWriter(str(self.logdir), purge_step=self._start + 1)
             if self._config:
@@ -442,8 +466,9 @@ class Logger:
                 writer.add_text(name, value, step)
             elif kind == "video":  # add_video needs an older moviepy; an animated GIF plays as an image
                 height, width = value.shape[1:3]
-                gif = Summary.Image(height=height, width=width, colorspace=3,
-                                    encoded_image_string=encode_gif(value, self.fps))
+                gif = Summary.Image(
+                    height=height, width=width, colorspace=3, encoded_image_string=encode_gif(value, self.fps)
+                )
                 writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=gif)]), step)
         writer.flush()
 
@@ -459,15 +484,23 @@ class Logger:
         try:
             import wandb
         except ImportError:
-            raise UserError("--wandb true needs the package wandb, which is not installed: "
-                            "pip install -r requirements/wandb.txt") from None
+            raise UserError(
+                "--wandb true needs the package wandb, which is not installed: pip install -r requirements/wandb.txt"
+            ) from None
         id_file = self.logdir / "wandb_id.txt"
         if not id_file.exists():
             with atomic_write(id_file) as file:
                 file.write(secrets.token_hex(4).encode())
         try:
-            run = wandb.init(**{"dir": str(self.logdir), "id": id_file.read_text().strip(), "resume": "allow",
-                                "config": self._config, **options})
+            run = wandb.init(
+                **{
+                    "dir": str(self.logdir),
+                    "id": id_file.read_text().strip(),
+                    "resume": "allow",
+                    "config": self._config,
+                    **options,
+                }
+            )
         except wandb.Error as error:
             reason = " ".join(str(error).split())
             raise UserError(f"--wandb true: {reason} (`wandb login` once, or set WANDB_MODE=offline)") from error
@@ -478,6 +511,7 @@ class Logger:
 
     def _write_wandb(self, step: int, scalars: dict[str, float], media: list) -> None:
         import wandb
+
         data = {"step": int(step), **scalars}
         for kind, name, value in media:
             if kind == "image":
@@ -511,7 +545,7 @@ def format_duration(seconds: float) -> str:
     days, hours = divmod(hours, 24)
     parts = [f"{n}{unit}" for n, unit in ((days, "d"), (hours, "h"), (minutes, "m"), (seconds, "s"))]
     first = next((i for i, part in enumerate(parts) if part[0] != "0"), 3)
-    return " ".join(part for part in parts[first:first + 2] if part[0] != "0") or "0s"
+    return " ".join(part for part in parts[first : first + 2] if part[0] != "0") or "0s"
 
 
 class Progress:
@@ -548,10 +582,15 @@ class Progress:
         (start, first), (end, last) = self._history[0], self._history[-1]
         rate = (last - first) / (end - start) if end > start else math.nan
         left = max(0, self.total - step) / rate if rate > 0 else math.nan
-        return " | ".join([f"{step:,}/{human(self.total)} frames",
-                           "- frames/s" if math.isnan(rate) else f"{human(rate)} frames/s", f"{human(updates)} updates",
-                           "return -" if ret is None else f"return {rounded(float(ret))}",
-                           f"{format_duration(left)} left"])
+        return " | ".join(
+            [
+                f"{step:,}/{human(self.total)} frames",
+                "- frames/s" if math.isnan(rate) else f"{human(rate)} frames/s",
+                f"{human(updates)} updates",
+                "return -" if ret is None else f"return {rounded(float(ret))}",
+                f"{format_duration(left)} left",
+            ]
+        )
 
     def close(self) -> None:
         """Shows the last values and leaves the line where it is."""
@@ -577,8 +616,9 @@ class Progress:
             return
         if self._bar is None:
             # Refreshed only here: no thread beside the training loop.
-            text = rich.progress.TextColumn("{task.description}", markup=False,
-                                            table_column=rich.table.Column(no_wrap=True, overflow="ellipsis"))
+            text = rich.progress.TextColumn(
+                "{task.description}", markup=False, table_column=rich.table.Column(no_wrap=True, overflow="ellipsis")
+            )
             columns = [rich.progress.BarColumn(16), text] if CONSOLE.width >= 100 else [text]  # 80 hold the numbers
             self._bar = rich.progress.Progress(*columns, console=CONSOLE, auto_refresh=False)
             self._task = self._bar.add_task("", total=self.total)

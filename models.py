@@ -3,9 +3,9 @@
 `WorldModel` predicts observations, rewards and the end of the episode from a latent state, and has their losses.
 `ImagBehavior` rolls the latent state forward under its own policy and learns actor and critic from what it imagines.
 
-Losses are a dictionary of arrays, one number per replayed step ([B, T]; `repval` [B, T-1]); `total_loss` scales and adds their
-means. Adding a loss is one entry here and one in `loss_scales`. Alignment: step t holds the observation x_t, the reward
-received on arriving at it, and the action chosen at it, so the model consumes the action of the step before.
+Losses are a dictionary of arrays, one number per replayed step ([B, T]; `repval` [B, T-1]); `total_loss` scales and
+adds their means. Adding a loss is one entry here and one in `loss_scales`. Alignment: step t holds the observation x_t,
+the reward received on arriving at it, and the action chosen at it, so the model consumes the action of the step before.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -112,7 +112,8 @@ class WorldModel(nn.Module):
             start: states [N, ...].
             noise: `prior` [horizon, N, *noise_shape] and `action` [horizon + 1, N, action].
         Returns:
-            `feat` [N, horizon + 1, feat] and `action` [N, horizon + 1, action]: one more action is chosen at the last state.
+            `feat` [N, horizon + 1, feat] and `action` [N, horizon + 1, action]: one more action is chosen at the last
+            state.
         """
         state, feats, actions = start, [features(start)], []
         is_first = torch.zeros(len(start["deter"]), dtype=torch.bool, device=start["deter"].device)
@@ -169,7 +170,14 @@ class Stream(nn.Module):
     """
 
     def __init__(
-        self, reward: Callable, feat_size: int, *, scale: float, discount: float, critic: Mapping, retnorm: Mapping | None
+        self,
+        reward: Callable,
+        feat_size: int,
+        *,
+        scale: float,
+        discount: float,
+        critic: Mapping,
+        retnorm: Mapping | None,
     ):
         super().__init__()
         critic = dict(critic)
@@ -182,7 +190,7 @@ class Stream(nn.Module):
         self.retnorm = ReturnNormalizer(**retnorm) if retnorm else None
 
     def value_loss(self, feat: Tensor, dist, target: Float[Tensor, "b t"]) -> Float[Tensor, "b t+1"]:
-        """Critic loss against the returns of all but the last state, and against the slow critic. The last entry is void."""
+        """Critic loss against the returns of all but the last state, and the slow critic. The last entry is void."""
         padded = F.pad(target.detach(), (0, 1))
         slow = self.slow_critic(feat.detach()).mode()
         return dist.loss(padded) + self.slow_regularizer * dist.loss(slow)
@@ -196,7 +204,7 @@ class Stream(nn.Module):
 
 
 def extrinsic_reward(world_model: WorldModel, traj: dict[str, Tensor]) -> Float[Tensor, "n h"]:
-    """The reward head's expectation for each transition. Here, once, the reward of *arriving* at s_{t+1} becomes entry t."""
+    """The reward head's expectation. Here, once, the reward of *arriving* at s_{t+1} becomes entry t."""
     return world_model.reward(traj["feat"]).mode()[:, 1:]
 
 
@@ -205,7 +213,7 @@ class ImagBehavior(nn.Module):
 
     Args:
         feat_size, action_size, classes: widths of state and action; sizes of the discrete groups, empty for continuous.
-        imag_gradient: reinforce, dynamics (the gradient of the return through the model and the sampled actions), or both.
+        imag_gradient: reinforce, dynamics (gradient of the return through model and sampled actions), or both.
         imag_gradient_mix: share of dynamics in both.
         horizon, contdisc: the discount is 1 - 1/horizon, inside the continue head's prediction if `contdisc`.
         reward_EMA: scale advantages by the moving range of returns.
@@ -268,7 +276,9 @@ class ImagBehavior(nn.Module):
         start = {key: post[key].detach().flatten(0, 1) for key in ("deter", "stoch")}
         backprop = self.dynamics_share > 0
         with frozen(world_model) if backprop else torch.no_grad():
-            traj = world_model.imagine(start, self._rollout_policy, self.initial(shape.numel()), self.imag_horizon, noise)
+            traj = world_model.imagine(
+                start, self._rollout_policy, self.initial(shape.numel()), self.imag_horizon, noise
+            )
             cont = world_model.cont(traj["feat"]).prob
         feat, action = traj["feat"].detach(), traj["action"].detach()
         weight = self._weight(cont).detach()[:, :-1]
@@ -322,7 +332,7 @@ class ImagBehavior(nn.Module):
         return cont * (discount / self.discount if self.contdisc else discount)
 
     def _weight(self, cont: Float[Tensor, "n states"]) -> Float[Tensor, "n states"]:
-        """Discounted probability of still being in each state: cumprod(disc cont) / disc. It leaves out the action's outcome."""
+        """Discounted probability of being in each state, before its action's outcome: cumprod(disc cont) / disc."""
         discount = 1.0 if self.contdisc else self.discount
         return torch.cumprod(discount * cont, 1) / discount
 

@@ -1,12 +1,13 @@
-"""The networks of the world model: what observations become, how the latent state moves, what observations are predicted.
+"""The networks of the world model: encoders of observations, the latent state's dynamics, decoders of observations.
 
-`MultiEncoder` turns each kind of observation into one embedding with a presence flag, `RSSM` (recurrent state-space model)
-keeps the latent state and owns the fusion of the embeddings, `MultiDecoder` predicts observations from the state.
+`MultiEncoder` turns each kind of observation into one embedding with a presence flag, `RSSM` (recurrent state-space
+model) keeps the latent state and owns the fusion of the embeddings, `MultiDecoder` predicts observations from the
+state.
 
-A latent state is a dict: `deter` [*b, deter], `stoch` [*b, stoch, classes] (one-hot; [*b, stoch] for Gaussian latents), and
-the statistics it was drawn from: `logit` [*b, stoch, classes], or `mean` and `std` [*b, stoch].
-Arrays are batch first, [batch, time, ...]. Randomness is an input: Gumbel noise [*b, stoch, classes] for categorical latents, standard
-normal [*b, stoch] for Gaussian ones, zeros for the mode.
+A latent state is a dict: `deter` [*b, deter], `stoch` [*b, stoch, classes] (one-hot; [*b, stoch] for Gaussian latents),
+and the statistics it was drawn from: `logit` [*b, stoch, classes], or `mean` and `std` [*b, stoch].
+Arrays are batch first, [batch, time, ...]. Randomness is an input: Gumbel noise [*b, stoch, classes] for categorical
+latents, standard normal [*b, stoch] for Gaussian ones, zeros for the mode.
 """
 
 import torch
@@ -40,7 +41,7 @@ class MultiEncoder(nn.Module):
         self.sizes = {kind: encoder.out_size for kind, encoder in self.encoders.items()}
 
     def forward(self, obs: dict[str, Tensor]) -> Tokens:
-        """Embeds {key: [*b, ...]}. `present/<key>` [*b] flags say which observations were there; without one, all were."""
+        """Embeds {key: [*b, ...]}. `present/<key>` [*b] flags say which were there; without a flag, all were."""
         present = {key[len("present/") :]: value for key, value in obs.items() if key.startswith("present/")}
         return {kind: (encoder(obs, present), self._any(kind, obs, present)) for kind, encoder in self.encoders.items()}
 
@@ -61,9 +62,7 @@ class MultiDecoder(nn.Module):
         deter, stoch: widths of the deterministic and of the flattened stochastic state.
     """
 
-    def __init__(
-        self, spaces: dict, deter: int, stoch: int, *, mlp_keys: str = ".*", cnn_keys: str = ".*", **options
-    ):
+    def __init__(self, spaces: dict, deter: int, stoch: int, *, mlp_keys: str = ".*", cnn_keys: str = ".*", **options):
         super().__init__()
         self.kinds = select(spaces, {"mlp_keys": mlp_keys, "cnn_keys": cnn_keys}, "decoder")
         self.decoders = nn.ModuleDict(
@@ -84,9 +83,7 @@ class MultiDecoder(nn.Module):
         return {k: dist for decoder in self.decoders.values() for k, dist in decoder(state["deter"], stoch).items()}
 
     def targets(self, obs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            key: self.decoders[kind].target(key, obs[key]) for kind, chosen in self.kinds.items() for key in chosen
-        }
+        return {key: self.decoders[kind].target(key, obs[key]) for kind, chosen in self.kinds.items() for key in chosen}
 
 
 def flatten_stoch(state: State) -> Float[Tensor, "*b stoch"]:
@@ -103,8 +100,8 @@ def features(state: State) -> Float[Tensor, "*b feat"]:
 class BlockGRU(nn.Module):
     """The recurrence h_t = f(h_{t-1}, z_{t-1}, a_{t-1}) with block-diagonal weights (paper, "Network architecture").
 
-    Each input goes through its own dense layer; every block sees its slice of `deter` and all three results. The gates are
-    split inside each block into reset, candidate, update; the update gate is biased towards keeping the state.
+    Each input goes through its own dense layer; every block sees its slice of `deter` and all three results. The gates
+    are split inside each block into reset, candidate, update; the update gate is biased towards keeping the state.
     """
 
     def __init__(
@@ -137,7 +134,7 @@ class BlockGRU(nn.Module):
 
 
 class GRU(nn.Module):
-    """The recurrence of the 2023 version: a dense layer of [stoch, action], then a GRU whose gates are normalised together."""
+    """The recurrence of the 2023 version: a dense layer of [stoch, action], then a GRU with one norm on its gates."""
 
     def __init__(
         self, deter: int, stoch: int, action: int, *, hidden: int, blocks: int = 1, layers: int = 1, act: str = "silu"
@@ -163,8 +160,9 @@ CELLS = {"block_gru": BlockGRU, "gru": GRU}
 class ConcatFusion(nn.Module):
     """First part of the posterior: joins [deter, embeddings] and maps them through dense layers.
 
-    In two parts, so that a scan over time repeats only what needs the recurrent state: `prepare` multiplies the embeddings of
-    all steps with their part of the first layer's weights, `step` adds the part of `deter`. An absent kind counts as zeros.
+    In two parts, so that a scan over time repeats only what needs the recurrent state: `prepare` multiplies the
+    embeddings of all steps with their part of the first layer's weights, `step` adds the part of `deter`. An absent
+    kind counts as zeros.
     """
 
     def __init__(self, deter: int, sizes: dict[str, int], *, hidden: int, layers: int = 1, act: str = "silu"):
@@ -177,19 +175,22 @@ class ConcatFusion(nn.Module):
         embed = torch.cat([embed * present.unsqueeze(-1) for embed, present in tokens.values()], -1)
         return F.linear(embed, self.first.linear.weight[:, self.deter :], self.first.linear.bias)
 
-    def step(self, deter: Float[Tensor, "*b deter"], prepared: Float[Tensor, "*b hidden"]) -> Float[Tensor, "*b hidden"]:
+    def step(
+        self, deter: Float[Tensor, "*b deter"], prepared: Float[Tensor, "*b hidden"]
+    ) -> Float[Tensor, "*b hidden"]:
         x = prepared + F.linear(deter, self.first.linear.weight[:, : self.deter])
         return self.rest(self.first.act(self.first.norm(x)))
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model: `deter` follows the past, `stoch` says what is seen now (posterior) or expected (prior).
+    """Recurrent state-space model: `deter` follows the past, `stoch` is what is seen (posterior) or expected (prior).
 
     Args:
         sizes: width of each kind's embedding (`MultiEncoder.sizes`).
         action: width of the action vector.
         cell: block_gru, or gru (2023).
-        stoch, discrete: latent variables and classes of each; `discrete` 0 makes them Gaussian with deviations above `min_std`.
+        stoch, discrete: latent variables and classes of each; `discrete` 0 makes them Gaussian with deviations above
+            `min_std`.
         obs_layers, img_layers, dyn_layers: hidden layers of posterior, prior and recurrence.
         unimix_ratio: share of the uniform distribution in every categorical.
     """

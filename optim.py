@@ -1,9 +1,11 @@
 """One optimizer for the whole agent: LaProp with adaptive gradient clipping, in flat buffers.
 
 All parameters of a part (world, actor, critic, intrinsic) lie side by side in one buffer, and so do their gradients and
-moments: clipping, moments, the update and a future all-reduce are a few operations over whole parts instead of a few per tensor.
+moments: clipping, moments, the update and a future all-reduce are a few operations over whole parts instead of a few
+per tensor.
 
-Sources: LaProp (Ziyin et al. 2020, arXiv 2002.04839), AGC (Brock et al. 2021, arXiv 2102.06171), as combined in the paper.
+Sources: LaProp (Ziyin et al. 2020, arXiv 2002.04839), AGC (Brock et al. 2021, arXiv 2102.06171), as combined in the
+paper.
 """
 
 from collections.abc import Iterable
@@ -43,8 +45,8 @@ class Group:
 class Optimizer:
     """`step(loss)` does backward, clipping, moments and the update of every group.
 
-    A loss or gradient that is not finite masks the whole update on the device (parameters, moments and the step counter stay
-    as they are); `bad` counts such updates in a row and `bad_total` all of them, to be read when metrics are.
+    A loss or gradient that is not finite masks the whole update on the device (parameters, moments and the step counter
+    stay as they are); `bad` counts such updates in a row and `bad_total` all of them, to be read when metrics are.
 
     Args:
         groups: name -> (named parameters, learning rate); empty groups are left out.
@@ -76,7 +78,7 @@ class Optimizer:
         self.updates, self.bad, self.bad_total = (torch.zeros((), device=device) for _ in range(3))
 
     def step(self, loss: Float[Tensor, ""]) -> dict[str, Float[Tensor, ""]]:
-        """One update. Returns `grad_norm` (before clipping), `update_rms` (how far the weights moved), `bad_updates`."""
+        """One update. Returns `grad_norm` (before clipping), `update_rms` (of the weights' movement), `bad_updates`."""
         self.backward(loss)
         return self.apply(torch.isfinite(loss.detach()))
 

@@ -58,11 +58,11 @@ log = logging.getLogger(__name__)
 CHUNK = 1024  # steps per chunk of memory
 FIRST_ROWS = 32  # a stream's first chunk starts this small and doubles, so that short streams stay small
 OLDER = -1  # id of the stream of episodes that older ports recorded
-FLAGS = ('is_first', 'is_last', 'is_terminal')
-RESERVED = {*FLAGS, 'action', 'reward', 'discount'}
-SAVED = ('online_served', 'online_dropped', 'latents_rejected')  # counts of the whole run; others are found in files
-DETER, STOCH, VALID = 'latent/deter', 'latent/stoch', 'latent/valid'
-NAME = re.compile(r's(\d{3,})-e(\d{6,})-p(\d{3,})-(\d{4,})\.npz')
+FLAGS = ("is_first", "is_last", "is_terminal")
+RESERVED = {*FLAGS, "action", "reward", "discount"}
+SAVED = ("online_served", "online_dropped", "latents_rejected")  # counts of the whole run; others are found in files
+DETER, STOCH, VALID = "latent/deter", "latent/stoch", "latent/valid"
+NAME = re.compile(r"s(\d{3,})-e(\d{6,})-p(\d{3,})-(\d{4,})\.npz")
 
 
 class ReplayError(ValueError):
@@ -79,6 +79,7 @@ class _Damaged(Exception):
 
 class Where(NamedTuple):
     """Which windows a batch holds, for `Replay.write_latents`."""
+
     streams: np.ndarray  # [B] int64, stream ids
     starts: np.ndarray  # [B] int64, positions of the context steps; the trained steps are the T after each
 
@@ -100,6 +101,7 @@ class Batch(dict):
 
 class _Stored(NamedTuple):
     """A file on disk."""
+
     path: Path
     stream: int
     episode: int
@@ -113,6 +115,7 @@ class _Stored(NamedTuple):
 
 class _Piece(NamedTuple):
     """A finished piece that waits to be written: positions start to stop of its stream."""
+
     episode: int
     piece: int
     start: int
@@ -120,7 +123,7 @@ class _Piece(NamedTuple):
     replaces: str | None  # the shorter file that an earlier flush left
 
     def name(self, stream: int) -> str:
-        return f's{stream:03d}-e{self.episode:06d}-p{self.piece:03d}-{self.stop - self.start:04d}.npz'
+        return f"s{stream:03d}-e{self.episode:06d}-p{self.piece:03d}-{self.stop - self.start:04d}.npz"
 
 
 class _Chunk:
@@ -133,7 +136,7 @@ class _Chunk:
     def grow(self, rows: int) -> None:
         for key, old in self.arrays.items():  # one key at a time: nothing is held twice
             new = np.empty((rows, *old.shape[1:]), old.dtype)
-            new[:self.count] = old[:self.count]
+            new[: self.count] = old[: self.count]
             self.arrays[key] = new
         self.rows = rows
 
@@ -185,13 +188,13 @@ class _Stream:
 
     def extend(self, rows: dict[str, np.ndarray]) -> None:
         """Append arrays [N, ...]; their latents are not known."""
-        total, done = len(rows['reward']), 0
+        total, done = len(rows["reward"]), 0
         while done < total:
             chunk = self.tail(total - done)
             count = min(total - done, chunk.rows - chunk.count)
             place = slice(chunk.count, chunk.count + count)
             for key, value in rows.items():
-                chunk.arrays[key][place] = value[done:done + count]
+                chunk.arrays[key][place] = value[done : done + count]
             if VALID in chunk.arrays:
                 chunk.arrays[VALID][place] = False
             chunk.count += count
@@ -214,11 +217,11 @@ class _Stream:
 
     def abandon(self) -> bool:
         """Mark the last step is_last if it is not; True if that was needed."""
-        if not self.chunks or self.chunks[-1].arrays['is_last'][self.chunks[-1].count - 1]:
+        if not self.chunks or self.chunks[-1].arrays["is_last"][self.chunks[-1].count - 1]:
             return False
         chunk = self.chunks[-1]
-        chunk.arrays['is_last'][chunk.count - 1] = True
-        chunk.arrays['action'][chunk.count - 1] = 0
+        chunk.arrays["is_last"][chunk.count - 1] = True
+        chunk.arrays["action"][chunk.count - 1] = 0
         return True
 
     def finish_piece(self) -> None:
@@ -250,14 +253,29 @@ class Replay:
     Raises ReplayError where files in the directory do not fit the spaces, or the capacity is too small.
     """
 
-    def __init__(self, directory: Path | str | None, spaces: dict, action_size: int, *, latent: dict | None = None,
-                 capacity: int, length: int, streams: int, seed: int, action_repeat: int = 1, online: bool = True,
-                 piece: int = 1024, read_only: bool = False):
+    def __init__(
+        self,
+        directory: Path | str | None,
+        spaces: dict,
+        action_size: int,
+        *,
+        latent: dict | None = None,
+        capacity: int,
+        length: int,
+        streams: int,
+        seed: int,
+        action_repeat: int = 1,
+        online: bool = True,
+        piece: int = 1024,
+        read_only: bool = False,
+    ):
         least = 2 * (length + 1) * max(1, streams)  # twice: a stream loses whole chunks and must still hold a window
         if capacity < least:
-            raise ReplayError(f'Found a replay of {capacity} steps (dataset_size), expected at least {least} for '
-                              f'{max(1, streams)} stream(s) and windows of {length} + 1 steps; raise dataset_size, or '
-                              'lower batch_length or envs.')
+            raise ReplayError(
+                f"Found a replay of {capacity} steps (dataset_size), expected at least {least} for "
+                f"{max(1, streams)} stream(s) and windows of {length} + 1 steps; raise dataset_size, or "
+                "lower batch_length or envs."
+            )
         self.directory = Path(directory) if directory is not None else None
         self.capacity, self.length, self.streams = int(capacity), int(length), int(streams)
         self.action_size, self.action_repeat = int(action_size), int(action_repeat)
@@ -273,26 +291,49 @@ class Replay:
         self._streams = {i: _Stream(i, self._schema, self._size) for i in range(self.streams)}
         self._entries = self._steps = self._episodes = 0
         self._ignored: set[str] = set()  # keys of files that are not learned from
-        self._counts = dict.fromkeys((*SAVED, 'corrupt', 'gaps', 'abandoned'), 0)
+        self._counts = dict.fromkeys((*SAVED, "corrupt", "gaps", "abandoned"), 0)
         if self.directory is not None:
             if not read_only:
                 self.directory.mkdir(parents=True, exist_ok=True)
             self._load()
 
     @classmethod
-    def offline(cls, directory: Path | str, spaces: dict, action_size: int, *, capacity: int, length: int, seed: int,
-                latent: dict | None = None, action_repeat: int = 1) -> 'Replay':
+    def offline(
+        cls,
+        directory: Path | str,
+        spaces: dict,
+        action_size: int,
+        *,
+        capacity: int,
+        length: int,
+        seed: int,
+        latent: dict | None = None,
+        action_repeat: int = 1,
+    ) -> "Replay":
         """Recorded episodes alone: nothing is ever written to the directory, and there is no online queue.
 
         Raises ReplayError if the directory is missing or holds no usable file. Damaged files are skipped and counted.
         """
         if not Path(directory).is_dir():
-            raise ReplayError(f'{directory} is not a directory; give offline_traindir a folder of .npz episodes.')
-        replay = cls(directory, spaces, action_size, latent=latent, capacity=capacity, length=length, streams=0,
-                     seed=seed, action_repeat=action_repeat, online=False, read_only=True)
+            raise ReplayError(f"{directory} is not a directory; give offline_traindir a folder of .npz episodes.")
+        replay = cls(
+            directory,
+            spaces,
+            action_size,
+            latent=latent,
+            capacity=capacity,
+            length=length,
+            streams=0,
+            seed=seed,
+            action_repeat=action_repeat,
+            online=False,
+            read_only=True,
+        )
         if not len(replay):
-            raise ReplayError(f'{directory} holds no usable .npz episode ({replay._counts["corrupt"]} damaged); give '
-                              'offline_traindir a folder of recorded episodes.')
+            raise ReplayError(
+                f"{directory} holds no usable .npz episode ({replay._counts['corrupt']} damaged); give "
+                "offline_traindir a folder of recorded episodes."
+            )
         return replay
 
     # Counts
@@ -328,12 +369,19 @@ class Replay:
     def stats(self) -> dict[str, int | float]:
         """Counts for the log. `latents_valid`: share of the entries that hold a latent; `bytes`: allocated memory."""
         chunks = [chunk for stream in self._streams.values() for chunk in stream.chunks]
-        valid = sum(int(chunk.arrays[VALID][:chunk.count].sum()) for chunk in chunks) if self.latent else 0
-        return {'steps': self._steps, 'entries': self._entries, 'episodes': self._episodes, 'windows': self.windows,
-                'streams': sum(len(stream) > 0 for stream in self._streams.values()),
-                'bytes': sum(array.nbytes for chunk in chunks for array in chunk.arrays.values()),
-                'online_waiting': len(self._queue), 'latents_valid': valid / max(1, self._entries),
-                'unwritten_pieces': sum(len(stream.pending) for stream in self._streams.values()), **self._counts}
+        valid = sum(int(chunk.arrays[VALID][: chunk.count].sum()) for chunk in chunks) if self.latent else 0
+        return {
+            "steps": self._steps,
+            "entries": self._entries,
+            "episodes": self._episodes,
+            "windows": self.windows,
+            "streams": sum(len(stream) > 0 for stream in self._streams.values()),
+            "bytes": sum(array.nbytes for chunk in chunks for array in chunk.arrays.values()),
+            "online_waiting": len(self._queue),
+            "latents_valid": valid / max(1, self._entries),
+            "unwritten_pieces": sum(len(stream.pending) for stream in self._streams.values()),
+            **self._counts,
+        }
 
     # Adding
 
@@ -349,18 +397,18 @@ class Replay:
         or `flush`.
         """
         if self.read_only:
-            raise ReplayError(f'{self.directory} was opened to be read only; steps cannot be added.')
+            raise ReplayError(f"{self.directory} was opened to be read only; steps cannot be added.")
         if not 0 <= stream < self.streams:
-            raise ReplayError(f'Found stream {stream}, expected 0 to {self.streams - 1}; raise `streams` (envs).')
+            raise ReplayError(f"Found stream {stream}, expected 0 to {self.streams - 1}; raise `streams` (envs).")
         target = self._streams[stream]
         values = self._check_step(target, step) | self._check_latent(target, latent)
-        if values['is_first']:
+        if values["is_first"]:
             self._begin_episode(target)
         target.append(values)
-        target.running = not values['is_last']
+        target.running = not values["is_last"]
         self._entries += 1
-        self._steps += not values['is_first']
-        if values['is_last'] or target.end - target.piece_start >= self._piece:
+        self._steps += not values["is_first"]
+        if values["is_last"] or target.end - target.piece_start >= self._piece:
             target.finish_piece()
         self._enqueue(target)
         self._write_pending(target)
@@ -368,23 +416,27 @@ class Replay:
 
     def _check_step(self, stream: _Stream, step: dict) -> dict:
         def name() -> str:
-            episode = stream.episode + bool(step.get('is_first'))
-            return f'stream {stream.id} (environment {stream.id}), step {stream.end} of the stream, episode {episode}'
+            episode = stream.episode + bool(step.get("is_first"))
+            return f"stream {stream.id} (environment {stream.id}), step {stream.end} of the stream, episode {episode}"
 
-        absent = [key for key in (*FLAGS, 'reward') if key not in step]
-        if absent or ('action' not in step and not step['is_last']):
-            raise ReplayError(f'{name()}: {", ".join(absent or ["action"])} missing. Found {sorted(step)}; expected '
-                              f'the observation keys and {sorted(RESERVED - {"discount"})}.')
+        absent = [key for key in (*FLAGS, "reward") if key not in step]
+        if absent or ("action" not in step and not step["is_last"]):
+            raise ReplayError(
+                f"{name()}: {', '.join(absent or ['action'])} missing. Found {sorted(step)}; expected "
+                f"the observation keys and {sorted(RESERVED - {'discount'})}."
+            )
         values = {key: bool(np.asarray(step[key]).reshape(())) for key in FLAGS}
-        if not values['is_first'] and not stream.running:
-            raise ReplayError(f'{name()}: found a step without is_first where an episode must begin (after is_last, or '
-                              'at the start); reset the environment and store what reset() gives first.')
-        values['reward'] = _fit('reward', step['reward'], *self._schema['reward'], name)
-        values['action'] = 0 if values['is_last'] else _fit('action', step['action'], *self._schema['action'], name)
+        if not values["is_first"] and not stream.running:
+            raise ReplayError(
+                f"{name()}: found a step without is_first where an episode must begin (after is_last, or "
+                "at the start); reset the environment and store what reset() gives first."
+            )
+        values["reward"] = _fit("reward", step["reward"], *self._schema["reward"], name)
+        values["action"] = 0 if values["is_last"] else _fit("action", step["action"], *self._schema["action"], name)
         for key, (shape, dtype) in self._obs.items():
-            present = key in step and bool(step.get(f'present/{key}', True))
-            values[f'present/{key}'] = present
-            values[key] = _fit(f'observation {key!r}', step[key], shape, dtype, name) if present else 0
+            present = key in step and bool(step.get(f"present/{key}", True))
+            values[f"present/{key}"] = present
+            values[key] = _fit(f"observation {key!r}", step[key], shape, dtype, name) if present else 0
         return values
 
     def _check_latent(self, stream: _Stream, latent: tuple | None) -> dict:
@@ -394,13 +446,13 @@ class Replay:
             return {VALID: False}
         deter, stoch = self._cast_latents(*latent, lead=())
         if not (np.isfinite(deter).all() and np.isfinite(stoch).all()):
-            self._counts['latents_rejected'] += 1
+            self._counts["latents_rejected"] += 1
             return {VALID: False}
         return {DETER: deter, STOCH: stoch, VALID: True}
 
     def _begin_episode(self, stream: _Stream) -> None:
         if stream.running:  # the environment was reset without is_last
-            self._counts['abandoned'] += stream.abandon()
+            self._counts["abandoned"] += stream.abandon()
             stream.finish_piece()
         stream.episode += 1
         stream.piece, stream.piece_start = 0, stream.end
@@ -415,7 +467,7 @@ class Replay:
             self._entries -= max(candidates, key=len).drop_chunk()
         while self._queue and not self._has_window(*self._queue[0]):
             self._queue.popleft()
-            self._counts['online_dropped'] += 1
+            self._counts["online_dropped"] += 1
 
     def _may_drop(self, stream: _Stream) -> bool:
         if not stream.chunks:
@@ -430,13 +482,20 @@ class Replay:
 
     def empty(self, batch: int, allocate: Callable[[tuple, np.dtype], np.ndarray] = np.empty) -> Batch:
         """A Batch of arrays for `sample(batch, out=...)`; `allocate(shape, dtype)` may give pinned memory."""
-        trained = {key: allocate((batch, self.length, *shape), dtype) for key, (shape, dtype) in self._schema.items()
-                   if key not in (DETER, STOCH, VALID)}
-        context = {'action': allocate((batch, self.action_size), np.dtype(np.float32)),
-                   'valid': allocate((batch,), np.dtype(bool))}
+        trained = {
+            key: allocate((batch, self.length, *shape), dtype)
+            for key, (shape, dtype) in self._schema.items()
+            if key not in (DETER, STOCH, VALID)
+        }
+        context = {
+            "action": allocate((batch, self.action_size), np.dtype(np.float32)),
+            "valid": allocate((batch,), np.dtype(bool)),
+        }
         if self.latent:
-            context |= {name: allocate((batch, *self._schema[key][0]), self._schema[key][1])
-                        for name, key in (('deter', DETER), ('stoch', STOCH))}
+            context |= {
+                name: allocate((batch, *self._schema[key][0]), self._schema[key][1])
+                for name, key in (("deter", DETER), ("stoch", STOCH))
+            }
         return Batch(trained, context)
 
     def sample(self, batch: int, out: Batch | None = None) -> Batch:
@@ -446,8 +505,8 @@ class Replay:
         """
         where = self._choose(batch)
         out = self.empty(batch) if out is None else out
-        if len(out['reward']) != batch:
-            raise ReplayError(f'`out`: found {len(out["reward"])} windows, expected {batch}; use empty({batch}).')
+        if len(out["reward"]) != batch:
+            raise ReplayError(f"`out`: found {len(out['reward'])} windows, expected {batch}; use empty({batch}).")
         for row, (stream, start) in enumerate(zip(where.streams.tolist(), where.starts.tolist(), strict=True)):
             self._copy_window(self._streams[stream], start, row, out)
         out.where = where
@@ -459,18 +518,20 @@ class Replay:
             window = self._queue.popleft()
             if self._has_window(*window):
                 chosen.append(window)
-                self._counts['online_served'] += 1
+                self._counts["online_served"] += 1
             else:
-                self._counts['online_dropped'] += 1
+                self._counts["online_dropped"] += 1
         online = np.array(chosen, np.int64).reshape(-1, 2)
         streams = [stream for stream in self._streams.values() if len(stream) > self.length]
         if not streams:
-            raise ReplayError(f'The replay holds no window yet: found {self._entries} steps in all streams together, '
-                              f'expected at least {self.length + 1} (batch_length + 1) in one of them; collect more '
-                              '(prefill) or lower batch_length.')
+            raise ReplayError(
+                f"The replay holds no window yet: found {self._entries} steps in all streams together, "
+                f"expected at least {self.length + 1} (batch_length + 1) in one of them; collect more "
+                "(prefill) or lower batch_length."
+            )
         bounds = np.cumsum([len(stream) - self.length for stream in streams])
         draws = self._rng.integers(bounds[-1], size=batch - len(online))
-        index = np.searchsorted(bounds, draws, side='right')
+        index = np.searchsorted(bounds, draws, side="right")
         ids = np.array([stream.id for stream in streams], np.int64)
         ends = np.array([stream.end - self.length for stream in streams], np.int64)
         starts = draws - bounds[index] + ends[index]  # bounds: where the stream's own positions end among the draws
@@ -478,11 +539,11 @@ class Replay:
 
     def _copy_window(self, stream: _Stream, start: int, row: int, out: Batch) -> None:
         arrays, rows, _ = next(stream.spans(start, start + 1))
-        out.context['action'][row] = arrays['action'][rows.start]
-        out.context['valid'][row] = valid = bool(self.latent and arrays[VALID][rows.start])
+        out.context["action"][row] = arrays["action"][rows.start]
+        out.context["valid"][row] = valid = bool(self.latent and arrays[VALID][rows.start])
         if self.latent:  # zeros, not whatever the memory held, where there is none
-            out.context['deter'][row] = arrays[DETER][rows.start] if valid else 0
-            out.context['stoch'][row] = arrays[STOCH][rows.start] if valid else 0
+            out.context["deter"][row] = arrays[DETER][rows.start] if valid else 0
+            out.context["stoch"][row] = arrays[STOCH][rows.start] if valid else 0
         for arrays, rows, offsets in stream.spans(start + 1, start + 1 + self.length):
             for key, target in out.items():
                 target[row, offsets] = arrays[key][rows]
@@ -506,10 +567,10 @@ class Replay:
         and counted.
         """
         if not self.latent:
-            raise ReplayError('This replay was made without latents; give `latent` the sizes to store them.')
+            raise ReplayError("This replay was made without latents; give `latent` the sizes to store them.")
         deter, stoch = self._cast_latents(deter, stoch, lead=(len(where.starts), self.length))
         finite = _finite_rows(deter) & _finite_rows(stoch)
-        self._counts['latents_rejected'] += int((~finite).sum())
+        self._counts["latents_rejected"] += int((~finite).sum())
         for row in np.flatnonzero(finite).tolist():
             stream, first = self._streams[int(where.streams[row])], int(where.starts[row]) + 1
             start, stop = max(first, stream.begin), first + self.length
@@ -529,13 +590,14 @@ class Replay:
     def _cast_latents(self, deter: np.ndarray, stoch: np.ndarray, lead: tuple) -> tuple[np.ndarray, np.ndarray]:
         """To the kept dtypes; what float16 cannot hold becomes infinite and is rejected by the caller."""
         deter, stoch = np.asarray(deter), np.asarray(stoch)
-        for name, value, key in (('deter', deter, DETER), ('stoch', stoch, STOCH)):
+        for name, value, key in (("deter", deter, DETER), ("stoch", stoch, STOCH)):
             if value.shape != lead + self._schema[key][0]:
-                raise ReplayError(f'latent {name}: found shape {value.shape}, expected {lead + self._schema[key][0]}.')
-        if self.latent['classes'] and stoch.dtype.kind not in 'iu':
-            raise ReplayError(f'latent stoch: found {stoch.dtype}, expected class indices (integers); take the argmax '
-                              'of the one-hot.')
-        with np.errstate(over='ignore'):
+                raise ReplayError(f"latent {name}: found shape {value.shape}, expected {lead + self._schema[key][0]}.")
+        if self.latent["classes"] and stoch.dtype.kind not in "iu":
+            raise ReplayError(
+                f"latent stoch: found {stoch.dtype}, expected class indices (integers); take the argmax of the one-hot."
+            )
+        with np.errstate(over="ignore"):
             return deter.astype(np.float16, copy=False), stoch.astype(self._schema[STOCH][1], copy=False)
 
     # Writing
@@ -569,25 +631,27 @@ class Replay:
             raise self._storage_error(path, sum(array.nbytes for array in arrays.values()), error) from error
 
     def _piece_arrays(self, stream: _Stream, piece: _Piece) -> dict[str, np.ndarray]:
-        arrays = {key: stream.read(key, piece.start, piece.stop) for key in (*FLAGS, 'action', 'reward', *self._obs)}
-        arrays['discount'] = 1 - arrays['is_terminal'].astype(np.float32)
+        arrays = {key: stream.read(key, piece.start, piece.stop) for key in (*FLAGS, "action", "reward", *self._obs)}
+        arrays["discount"] = 1 - arrays["is_terminal"].astype(np.float32)
         for key in self._obs:
-            present = stream.read(f'present/{key}', piece.start, piece.stop)
+            present = stream.read(f"present/{key}", piece.start, piece.stop)
             if not present.all():
-                arrays[f'present/{key}'] = present
+                arrays[f"present/{key}"] = present
         return arrays
 
     def _storage_error(self, path: Path, needed: int, error: OSError) -> StorageError:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        found = 'the disk is full' if full else f'{error.strerror or error}'
+        found = "the disk is full" if full else f"{error.strerror or error}"
         try:
-            free = f'{shutil.disk_usage(self.directory).free / 2**20:.2f} MiB are free'
+            free = f"{shutil.disk_usage(self.directory).free / 2**20:.2f} MiB are free"
         except OSError:
-            free = 'the directory cannot be read'
-        advice = 'Free some space there' if full else 'Make the directory writable'
-        return StorageError(f'Could not write {path.name} in {self.directory}: {found} ({needed / 2**20:.2f} MiB '
-                            f'needed, {free}). {advice}, or move it elsewhere and set traindir; the steps are still in '
-                            'memory and are written at the next attempt.')
+            free = "the directory cannot be read"
+        advice = "Free some space there" if full else "Make the directory writable"
+        return StorageError(
+            f"Could not write {path.name} in {self.directory}: {found} ({needed / 2**20:.2f} MiB "
+            f"needed, {free}). {advice}, or move it elsewhere and set traindir; the steps are still in "
+            "memory and are written at the next attempt."
+        )
 
     # Reading
 
@@ -609,23 +673,28 @@ class Replay:
             stream.piece_start = stream.end
             stream.next_online = max(stream.begin, stream.end - 1)
         if self._ignored:
-            log.info('Keys in %s that are not learned from: %s', self.directory, ', '.join(sorted(self._ignored)))
+            log.info("Keys in %s that are not learned from: %s", self.directory, ", ".join(sorted(self._ignored)))
         if stored:
-            log.info('Read %d steps from %s (%d agent steps stored, %d damaged files)', self._entries, self.directory,
-                     self._steps, self._counts['corrupt'])
+            log.info(
+                "Read %d steps from %s (%d agent steps stored, %d damaged files)",
+                self._entries,
+                self.directory,
+                self._steps,
+                self._counts["corrupt"],
+            )
 
     def _scan(self) -> dict[int, list[_Stored]]:
         """The files of each stream, in order, one per piece."""
         pieces: dict[tuple, list[_Stored]] = {}
         older = []
-        for path in sorted(self.directory.glob('*.npz*')):
-            if path.name.endswith('.npz.tmp') and NAME.fullmatch(path.name[:-4]):
+        for path in sorted(self.directory.glob("*.npz*")):
+            if path.name.endswith(".npz.tmp") and NAME.fullmatch(path.name[:-4]):
                 if not self.read_only:
                     path.unlink()  # of a write that did not end; what it held is not counted anywhere
             elif match := NAME.fullmatch(path.name):
                 piece = _Stored(path, *map(int, match.groups()))
                 pieces.setdefault(piece[1:4], []).append(piece)
-            elif path.suffix == '.npz':
+            elif path.suffix == ".npz":
                 older.append(path)
         stored: dict[int, list[_Stored]] = {}
         for _, versions in sorted(pieces.items()):
@@ -651,19 +720,21 @@ class Replay:
         """Rows of an older port's file, from the header of its rewards (names count steps or rows); 0 if damaged."""
         try:
             with zipfile.ZipFile(path) as archive:
-                names = sorted(name.removesuffix('.npy') for name in archive.namelist())
-                if 'reward' in names:
-                    with archive.open('reward.npy') as file:
+                names = sorted(name.removesuffix(".npy") for name in archive.namelist())
+                if "reward" in names:
+                    with archive.open("reward.npy") as file:
                         if length := _header_shape(file)[0]:
                             return length
-                        raise _Damaged('no rows')
+                        raise _Damaged("no rows")
         except PermissionError:
             raise
         except Exception as error:  # a damaged archive can raise nearly anything
             self._set_aside(path, error)
             return 0
-        raise ReplayError(f'{path} has no reward. Found the keys {names}; expected '
-                          f'{sorted([*self._obs, "action", "reward"])}. Move files that are not episodes elsewhere.')
+        raise ReplayError(
+            f"{path} has no reward. Found the keys {names}; expected "
+            f"{sorted([*self._obs, 'action', 'reward'])}. Move files that are not episodes elsewhere."
+        )
 
     def _load_stream(self, stream: _Stream, stored: list[_Stored], rows: int) -> list[_Stored]:
         """Append the last `rows` rows of these files; returns the files that are not damaged."""
@@ -682,12 +753,16 @@ class Replay:
                 if not stream.chunks:
                     stream.resume_at(position + skip)
                 # Pieces of an episode are full but the last: a shorter one in the middle lost its end.
-                joined = (previous is not None and previous.episode == piece.episode
-                          and previous.piece + 1 == piece.piece and previous.length == longest[piece.episode])
+                joined = (
+                    previous is not None
+                    and previous.episode == piece.episode
+                    and previous.piece + 1 == piece.piece
+                    and previous.length == longest[piece.episode]
+                )
                 if not joined:
-                    self._counts['gaps'] += piece.piece > 0
-                    self._counts['abandoned'] += stream.abandon()
-                    data['is_first'][0] = True
+                    self._counts["gaps"] += piece.piece > 0
+                    self._counts["abandoned"] += stream.abandon()
+                    data["is_first"][0] = True
                 stream.extend({key: value[skip:] for key, value in data.items()})
             skip = max(0, skip - piece.length)
             position += piece.length
@@ -695,12 +770,12 @@ class Replay:
             kept.append(piece)
         if not stream.chunks:
             stream.resume_at(position)
-        self._counts['abandoned'] += stream.abandon()
+        self._counts["abandoned"] += stream.abandon()
         return kept
 
     def _read(self, piece: _Stored) -> dict[str, np.ndarray] | None:
         """The rows of a file in the form in which they are kept, or None for a damaged one, which is set aside."""
-        wanted = {*self._obs, *(f'present/{key}' for key in self._obs), *RESERVED}
+        wanted = {*self._obs, *(f"present/{key}" for key in self._obs), *RESERVED}
         try:
             with np.load(piece.path, allow_pickle=False) as file:
                 names = sorted(file.files)
@@ -709,11 +784,13 @@ class Replay:
             raise
         except Exception as error:  # a damaged archive can raise nearly anything
             return self._set_aside(piece.path, error)
-        missing = [key for key in (*self._obs, 'action', 'reward') if key not in raw]
+        missing = [key for key in (*self._obs, "action", "reward") if key not in raw]
         if missing:
-            raise ReplayError(f'{piece.path} lacks {", ".join(missing)}. Found the keys {names}; expected '
-                              f'{sorted([*self._obs, "action", "reward"])}. Choose other observation keys or another '
-                              'directory.')
+            raise ReplayError(
+                f"{piece.path} lacks {', '.join(missing)}. Found the keys {names}; expected "
+                f"{sorted([*self._obs, 'action', 'reward'])}. Choose other observation keys or another "
+                "directory."
+            )
         self._ignored.update(set(names) - wanted)
         try:
             return self._convert(raw, piece)
@@ -724,41 +801,41 @@ class Replay:
         count = piece.length
         short = {key: value.shape for key, value in raw.items() if value.shape[:1] != (count,)}
         if short or not count:
-            raise _Damaged(f'expected {count} rows, found {short}')
+            raise _Damaged(f"expected {count} rows, found {short}")
         rows = _read_flags(raw, count, older=piece.stream == OLDER)
 
         def name() -> str:
             return str(piece.path)
 
         try:
-            reward = raw['reward'].reshape(count) if raw['reward'].size == count else raw['reward']  # also [N, 1]
-            rows['reward'] = _fit('reward', reward, (count,), np.dtype(np.float32), name)
-            action = _as_vectors(raw['action'], self.action_size, name)
-            action = _fit('action', action, (count, self.action_size), np.dtype(np.float32), name)
+            reward = raw["reward"].reshape(count) if raw["reward"].size == count else raw["reward"]  # also [N, 1]
+            rows["reward"] = _fit("reward", reward, (count,), np.dtype(np.float32), name)
+            action = _as_vectors(raw["action"], self.action_size, name)
+            action = _fit("action", action, (count, self.action_size), np.dtype(np.float32), name)
             for key, (shape, dtype) in self._obs.items():
-                rows[key] = _fit(f'observation {key!r}', raw[key], (count, *shape), dtype, name)
-                rows[f'present/{key}'] = raw.get(f'present/{key}', np.ones(count, bool)).astype(bool)
+                rows[key] = _fit(f"observation {key!r}", raw[key], (count, *shape), dtype, name)
+                rows[f"present/{key}"] = raw.get(f"present/{key}", np.ones(count, bool)).astype(bool)
         except _NotFinite as error:  # of the file, not of the configuration
             raise _Damaged(str(error)) from error
-        if piece.stream == OLDER and 'is_last' not in raw:
-            action = _align_actions(raw['action'], action)
-        rows['action'] = np.where(rows['is_last'][:, None], np.float32(0), action)
+        if piece.stream == OLDER and "is_last" not in raw:
+            action = _align_actions(raw["action"], action)
+        rows["action"] = np.where(rows["is_last"][:, None], np.float32(0), action)
         return rows
 
     def _set_aside(self, path: Path, error: Exception) -> None:
         """Never delete: move a damaged file to `corrupt/`, or only leave it out where nothing may be written."""
-        self._counts['corrupt'] += 1
-        reason = f'{type(error).__name__}: {error}'.removeprefix('_Damaged: ')
+        self._counts["corrupt"] += 1
+        reason = f"{type(error).__name__}: {error}".removeprefix("_Damaged: ")
         if self.read_only:
-            log.warning('%s is damaged (%s) and is left out.', path, reason)
+            log.warning("%s is damaged (%s) and is left out.", path, reason)
             return
-        folder = path.parent / 'corrupt'
+        folder = path.parent / "corrupt"
         folder.mkdir(exist_ok=True)
         target, number = folder / path.name, 1
         while target.exists():
-            target, number = folder / f'{path.name}.{number}', number + 1
+            target, number = folder / f"{path.name}.{number}", number + 1
         os.replace(path, target)
-        log.warning('%s is damaged (%s); moved to %s and left out.', path, reason, target)
+        log.warning("%s is damaged (%s); moved to %s and left out.", path, reason, target)
 
     # Saving
 
@@ -768,11 +845,17 @@ class Replay:
         Only dictionaries, lists, strings and numbers, so that `torch.load(weights_only=True)` takes it. Call `flush`
         first: the positions count what is on disk. `steps` tells what the checkpoint has seen.
         """
-        return {'version': 1, 'generator': json.dumps(self._rng.bit_generator.state), 'steps': int(self._steps),
-                'streams': {str(stream.id): {'end': int(stream.end), 'next_online': int(stream.next_online)}
-                            for stream in self._streams.values()},
-                'queue': [[int(stream), int(start)] for stream, start in self._queue],
-                'counts': {key: int(self._counts[key]) for key in SAVED}}
+        return {
+            "version": 1,
+            "generator": json.dumps(self._rng.bit_generator.state),
+            "steps": int(self._steps),
+            "streams": {
+                str(stream.id): {"end": int(stream.end), "next_online": int(stream.next_online)}
+                for stream in self._streams.values()
+            },
+            "queue": [[int(stream), int(start)] for stream, start in self._queue],
+            "counts": {key: int(self._counts[key]) for key in SAVED},
+        }
 
     def load_state(self, state: dict) -> None:
         """Continue as the replay that gave `state`.
@@ -781,23 +864,25 @@ class Replay:
         are dropped and counted. What the files said (steps, episodes, damage) is not overruled. Raises ReplayError for
         an unknown version.
         """
-        if state.get('version') != 1:
-            raise ReplayError(f'Found replay state of version {state.get("version")}, expected 1; this checkpoint is '
-                              'of another release.')
-        self._rng.bit_generator.state = json.loads(state['generator'])
-        self._counts.update({key: state['counts'][key] for key in SAVED})
-        if self._steps != state['steps']:
-            log.info('The replay holds %d agent steps, the checkpoint has seen %d.', self._steps, state['steps'])
+        if state.get("version") != 1:
+            raise ReplayError(
+                f"Found replay state of version {state.get('version')}, expected 1; this checkpoint is "
+                "of another release."
+            )
+        self._rng.bit_generator.state = json.loads(state["generator"])
+        self._counts.update({key: state["counts"][key] for key in SAVED})
+        if self._steps != state["steps"]:
+            log.info("The replay holds %d agent steps, the checkpoint has seen %d.", self._steps, state["steps"])
         if not self.online:
             return
-        saved = [tuple(item) for item in state['queue']]
+        saved = [tuple(item) for item in state["queue"]]
         self._queue = deque(item for item in saved if self._has_window(*item))
-        self._counts['online_dropped'] += len(saved) - len(self._queue)
+        self._counts["online_dropped"] += len(saved) - len(self._queue)
         newer = []
         for ident, stream in self._streams.items():
-            if str(ident) not in state['streams']:
+            if str(ident) not in state["streams"]:
                 continue
-            begin = state['streams'][str(ident)]['next_online']
+            begin = state["streams"][str(ident)]["next_online"]
             stream.next_online = min(max(begin, stream.begin), max(stream.begin, stream.end - 1))
             while stream.next_online + self.length < stream.end:
                 newer.append((stream.next_online - begin, ident, stream.next_online))
@@ -806,14 +891,14 @@ class Replay:
 
     def _make_schema(self) -> dict[str, tuple[tuple, np.dtype]]:
         schema = dict(self._obs)
-        schema |= {f'present/{key}': ((), np.dtype(bool)) for key in self._obs}
-        schema |= {'reward': ((), np.dtype(np.float32)), **{key: ((), np.dtype(bool)) for key in FLAGS}}
-        schema['action'] = ((self.action_size,), np.dtype(np.float32))
+        schema |= {f"present/{key}": ((), np.dtype(bool)) for key in self._obs}
+        schema |= {"reward": ((), np.dtype(np.float32)), **{key: ((), np.dtype(bool)) for key in FLAGS}}
+        schema["action"] = ((self.action_size,), np.dtype(np.float32))
         if self.latent:
-            classes = self.latent['classes']
+            classes = self.latent["classes"]
             kind = np.float16 if not classes else np.uint8 if classes <= 256 else np.uint16
-            schema[DETER] = ((self.latent['deter'],), np.dtype(np.float16))
-            schema[STOCH] = ((self.latent['stoch'],), np.dtype(kind))
+            schema[DETER] = ((self.latent["deter"],), np.dtype(np.float16))
+            schema[STOCH] = ((self.latent["stoch"],), np.dtype(kind))
             schema[VALID] = ((), np.dtype(bool))
         return schema
 
@@ -824,11 +909,13 @@ class _NotFinite(ReplayError):
 
 def _kept(key: str, space) -> tuple[tuple, np.dtype]:
     """Shape and dtype in which an observation is kept."""
-    if key in RESERVED or key.startswith(('present/', 'latent/', 'log_')):
-        raise ReplayError(f'The observation key {key!r} has a meaning of its own here; rename it in the environment.')
-    if space.shape is None or space.dtype is None or np.dtype(space.dtype).kind not in 'biuf':
-        raise ReplayError(f'The observation {key!r} is a {type(space).__name__}; expected numbers of one shape. '
-                          'Flatten or tokenize it.')
+    if key in RESERVED or key.startswith(("present/", "latent/", "log_")):
+        raise ReplayError(f"The observation key {key!r} has a meaning of its own here; rename it in the environment.")
+    if space.shape is None or space.dtype is None or np.dtype(space.dtype).kind not in "biuf":
+        raise ReplayError(
+            f"The observation {key!r} is a {type(space).__name__}; expected numbers of one shape. "
+            "Flatten or tokenize it."
+        )
     dtype = np.dtype(space.dtype)
     return tuple(space.shape), np.dtype(np.float32) if dtype == np.float64 else dtype
 
@@ -837,17 +924,20 @@ def _fit(what: str, value, shape: tuple, dtype: np.dtype, name: Callable[[], str
     """`value` as an array of that shape and dtype; ReplayError if it does not fit, or is not finite."""
     value = np.asarray(value)
     if value.shape != shape:
-        raise ReplayError(f'{what} from {name()}: found shape {value.shape}, expected {shape}; make space and data '
-                          'agree.')
-    if not np.can_cast(value.dtype, dtype, 'same_kind'):
-        raise ReplayError(f'{what} from {name()}: found {value.dtype}, expected {dtype}; make space and data agree.')
-    with np.errstate(over='ignore'):
+        raise ReplayError(
+            f"{what} from {name()}: found shape {value.shape}, expected {shape}; make space and data agree."
+        )
+    if not np.can_cast(value.dtype, dtype, "same_kind"):
+        raise ReplayError(f"{what} from {name()}: found {value.dtype}, expected {dtype}; make space and data agree.")
+    with np.errstate(over="ignore"):
         value = value.astype(dtype, copy=False)
-    if dtype.kind == 'f' and not np.isfinite(value).all():
+    if dtype.kind == "f" and not np.isfinite(value).all():
         bad = np.argwhere(~np.isfinite(value))
-        at = f' at index {tuple(bad[0].tolist())}' if value.ndim else ''
-        raise _NotFinite(f'{what} from {name()}: found {value[tuple(bad[0])]}{at} ({len(bad)} of {value.size} numbers '
-                         'are not finite), expected finite numbers; look for the cause in the environment.')
+        at = f" at index {tuple(bad[0].tolist())}" if value.ndim else ""
+        raise _NotFinite(
+            f"{what} from {name()}: found {value[tuple(bad[0])]}{at} ({len(bad)} of {value.size} numbers "
+            "are not finite), expected finite numbers; look for the cause in the environment."
+        )
     return value
 
 
@@ -870,12 +960,12 @@ def _share(lengths: list[int], room: int) -> list[int]:
 
 def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Like np.savez, for any key, and so that the file is either complete or not there (OSError: nothing is left)."""
-    temporary = path.with_name(path.name + '.tmp')
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, 'wb') as file:
-            with zipfile.ZipFile(file, 'w', zipfile.ZIP_STORED) as archive:
+        with open(temporary, "wb") as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 for key, value in arrays.items():
-                    with archive.open(f'{key}.npy', 'w', force_zip64=True) as member:
+                    with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
                         np.lib.format.write_array(member, np.ascontiguousarray(value), allow_pickle=False)
             file.flush()
             os.fsync(file.fileno())
@@ -900,13 +990,13 @@ def _header_shape(file) -> tuple:
 def _read_flags(raw: dict[str, np.ndarray], count: int, older: bool) -> dict[str, np.ndarray]:
     """is_first, is_last, is_terminal [N] bool of a file; what an older port did not write follows from the rest."""
     rows = {key: raw[key].reshape(count).astype(bool) if key in raw else np.zeros(count, bool) for key in FLAGS}
-    if 'is_terminal' not in raw and 'discount' in raw:
-        rows['is_terminal'] = raw['discount'].reshape(count) == 0
+    if "is_terminal" not in raw and "discount" in raw:
+        rows["is_terminal"] = raw["discount"].reshape(count) == 0
     if older:
-        rows['is_first'][0] = True
-    if 'is_last' not in raw:
-        rows['is_last'][-1] = True
-    rows['is_last'][:-1] |= rows['is_first'][1:]
+        rows["is_first"][0] = True
+    if "is_last" not in raw:
+        rows["is_last"][-1] = True
+    rows["is_last"][:-1] |= rows["is_first"][1:]
     return rows
 
 
@@ -916,10 +1006,13 @@ def _as_vectors(action: np.ndarray, size: int, name: Callable[[], str]) -> np.nd
     if flat.shape[1] == size:
         return flat
     index = flat[:, 0]
-    if flat.shape[1] != 1 or not (np.isfinite(index).all() and (index == np.floor(index)).all() and (index >= 0).all()
-                                  and (index < size).all()):
-        raise ReplayError(f'action from {name()}: found shape {action.shape}, expected {(len(action), size)}, or '
-                          f'indices below {size}; make the action space and the recorded data agree.')
+    if flat.shape[1] != 1 or not (
+        np.isfinite(index).all() and (index == np.floor(index)).all() and (index >= 0).all() and (index < size).all()
+    ):
+        raise ReplayError(
+            f"action from {name()}: found shape {action.shape}, expected {(len(action), size)}, or "
+            f"indices below {size}; make the action space and the recorded data agree."
+        )
     return np.eye(size, dtype=np.float32)[index.astype(np.int64)]
 
 
@@ -947,34 +1040,39 @@ def infer_spaces(directory: Path | str) -> tuple[dict, object]:
     from gymnasium import spaces  # here: nothing else in this file needs it
 
     found, first, widths, highest, discrete, chosen = None, None, set(), 0, True, False
-    for path in sorted(Path(directory).glob('*.npz')):
+    for path in sorted(Path(directory).glob("*.npz")):
         try:
             with np.load(path, allow_pickle=False) as file:
-                action = file['action']
+                action = file["action"]
                 whole = found is None
-                names = {key for key in file.files
-                         if key not in RESERVED | {'logprob'} and not key.startswith(('present/', 'log_'))}
+                names = {
+                    key
+                    for key in file.files
+                    if key not in RESERVED | {"logprob"} and not key.startswith(("present/", "log_"))
+                }
                 shapes = {key: file[key] for key in sorted(names)} if whole else None
         except PermissionError:
             raise
         except Exception as error:  # a damaged archive can raise nearly anything
-            log.warning('%s cannot be read (%s: %s): its spaces are not known.', path, type(error).__name__, error)
+            log.warning("%s cannot be read (%s: %s): its spaces are not known.", path, type(error).__name__, error)
             continue
         if whole:
             found, first = {key: (value.shape[1:], value.dtype) for key, value in shapes.items()}, path
         elif names != set(found):
-            raise ReplayError(f'{path} and {first} hold different observations: {sorted(names)} and {sorted(found)}; '
-                              'keep one kind of episode per directory.')
+            raise ReplayError(
+                f"{path} and {first} hold different observations: {sorted(names)} and {sorted(found)}; "
+                "keep one kind of episode per directory."
+            )
         flat = action.reshape(len(action), -1)
         widths.add(flat.shape[1])
-        if flat.shape[1] == 1 and action.dtype.kind in 'iu':
+        if flat.shape[1] == 1 and action.dtype.kind in "iu":
             highest, chosen = max(highest, int(flat.max(initial=0))), True
         else:
             discrete &= flat.shape[1] > 1 and bool(np.isin(flat, (0, 1)).all() and (flat.sum(1) <= 1).all())
             chosen |= bool(flat.any())
     if found is None or len(widths) != 1:
-        problem = 'no file with an action could be read' if found is None else f'actions of lengths {sorted(widths)}'
-        raise ReplayError(f'{directory}: {problem}; expected .npz episodes of one environment.')
+        problem = "no file with an action could be read" if found is None else f"actions of lengths {sorted(widths)}"
+        raise ReplayError(f"{directory}: {problem}; expected .npz episodes of one environment.")
     width = widths.pop()
     act_space = spaces.Box(-1, 1, (width,), np.float32)
     if discrete and chosen:  # all zero tells nothing
@@ -985,15 +1083,16 @@ def infer_spaces(directory: Path | str) -> tuple[dict, object]:
 def _infer_box(shape: tuple, dtype: np.dtype):
     from gymnasium import spaces
 
-    if dtype.kind == 'f':
+    if dtype.kind == "f":
         return spaces.Box(-np.inf, np.inf, shape, np.float32)
-    if dtype.kind == 'b':
+    if dtype.kind == "b":
         return spaces.Box(0, 1, shape, np.uint8)
     return spaces.Box(np.iinfo(dtype).min, np.iinfo(dtype).max, shape, dtype)
 
 
-def sample_episodes(episodes: dict[str, dict[str, np.ndarray]], length: int,
-                    seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
+def sample_episodes(
+    episodes: dict[str, dict[str, np.ndarray]], length: int, seed: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
     """Yield windows of exactly `length` steps, for ever, as dictionaries of fresh arrays [length, ...].
 
     episodes: name -> key -> [steps, ...]; it may grow or shrink meanwhile. A window starts at a step drawn uniformly
@@ -1008,16 +1107,19 @@ def sample_episodes(episodes: dict[str, dict[str, np.ndarray]], length: int,
             held = list(episodes.values())
             bounds = np.cumsum([len(next(iter(episode.values()))) for episode in held])
             if not len(bounds) or not bounds[-1]:
-                raise ReplayError('There are no steps in the episodes to sample from; record or load some first.')
+                raise ReplayError("There are no steps in the episodes to sample from; record or load some first.")
             draw = int(rng.integers(bounds[-1]))
-            index = int(np.searchsorted(bounds, draw, side='right'))
+            index = int(np.searchsorted(bounds, draw, side="right"))
             episode = held[index]
             start = 0 if parts else draw - int(bounds[index - 1] if index else 0)
-            part = {key: value[start:start + length - size] for key, value in episode.items()
-                    if not key.startswith('log_')}
-            if 'is_first' in part:
-                part['is_first'] = part['is_first'].copy()
-                part['is_first'][0] = True
+            part = {
+                key: value[start : start + length - size]
+                for key, value in episode.items()
+                if not key.startswith("log_")
+            }
+            if "is_first" in part:
+                part["is_first"] = part["is_first"].copy()
+                part["is_first"][0] = True
             parts.append(part)
             size += len(next(iter(part.values())))
         yield {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}

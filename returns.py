@@ -15,8 +15,9 @@ def lambda_return(
 ) -> Float[Tensor, "batch time"]:
     """R_t = r_{t+1} + live_{t+1} ((1 - λ_t) boot_{t+1} + λ_t R_{t+1}), from the end, where R_T = boot_T (paper, eq. 7).
 
-    `reward[:, t]` and `live[:, t]` belong to the transition from state t to t+1: the reward received on arriving at t+1, and
-    the discount times the probability of going on from there. `boot[:, t]` values state t; `boot[:, 0]` is not used.
+    `reward[:, t]` and `live[:, t]` belong to the transition from state t to t+1: the reward received on arriving at
+    t+1, and the discount times the probability of going on from there. `boot[:, t]` values state t; `boot[:, 0]` is not
+    used.
     """
     lam = torch.as_tensor(lam, dtype=reward.dtype, device=reward.device).expand_as(reward)
     blend = reward + live * (1 - lam) * boot[:, 1:]

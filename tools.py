@@ -1,6 +1,6 @@
 """Tools of a run: counters, averages, checkpoints, seeds, signals, devices; and the names of `logger.py`, handed on.
 
-    python tools.py logdir/latest.pt      # what is in a checkpoint
+python tools.py logdir/latest.pt      # what is in a checkpoint
 """
 
 import contextlib
@@ -27,10 +27,32 @@ from logger import Logger, Progress, atomic_write, format_duration, human, save_
 from replay import Replay, sample_episodes
 
 __all__ = [
-    "Every", "Logger", "Metrics", "Once", "Progress", "Replay", "Shutdown", "Until", "UserError", "atomic_write",
-    "describe_checkpoint", "enable_deterministic_run", "format_duration", "generator_state", "human", "load_checkpoint",
-    "out_of_memory_help", "parameter_table", "pick_device", "sample_episodes", "save_checkpoint", "save_mp4",
-    "seed_everything", "set_generator_state", "set_threads", "setup_logging",
+    "Every",
+    "Logger",
+    "Metrics",
+    "Once",
+    "Progress",
+    "Replay",
+    "Shutdown",
+    "Until",
+    "UserError",
+    "atomic_write",
+    "describe_checkpoint",
+    "enable_deterministic_run",
+    "format_duration",
+    "generator_state",
+    "human",
+    "load_checkpoint",
+    "out_of_memory_help",
+    "parameter_table",
+    "pick_device",
+    "sample_episodes",
+    "save_checkpoint",
+    "save_mp4",
+    "seed_everything",
+    "set_generator_state",
+    "set_threads",
+    "setup_logging",
 ]
 
 log = logging.getLogger(__name__)
@@ -177,8 +199,10 @@ def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
     advice = "Give another file with --checkpoint, or move this one away to start without it."
     if not path.is_file():
         beside = sorted(file.name for file in path.parent.glob("*.pt")) if path.parent.is_dir() else []
-        raise UserError(f"{path}: found no such checkpoint, expected a file that a run has saved. "
-                        + (f"Beside it: {', '.join(beside)}." if beside else "Check the path."))
+        raise UserError(
+            f"{path}: found no such checkpoint, expected a file that a run has saved. "
+            + (f"Beside it: {', '.join(beside)}." if beside else "Check the path.")
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -186,8 +210,10 @@ def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
             raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         content = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: holds other things than tensors and plain values, which are not loaded because "
-                        f"they could run code. {advice}") from error
+        raise UserError(
+            f"{path}: holds other things than tensors and plain values, which are not loaded because "
+            f"they could run code. {advice}"
+        ) from error
     except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         if out_of_memory_help(error):
             raise
@@ -235,8 +261,10 @@ def seed_everything(seed: int) -> None:
 def enable_deterministic_run() -> None:
     """Only deterministic kernels from now on. Call it before CUDA starts."""
     if torch.cuda.is_initialized() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
-        raise RuntimeError("enable_deterministic_run was called after CUDA had started, expected before; "
-                           "call it first, or set CUBLAS_WORKSPACE_CONFIG=:4096:8 outside.")
+        raise RuntimeError(
+            "enable_deterministic_run was called after CUDA had started, expected before; "
+            "call it first, or set CUBLAS_WORKSPACE_CONFIG=:4096:8 outside."
+        )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     torch.backends.cudnn.benchmark = False  # would choose kernels by their speed of the day
     torch.backends.cudnn.deterministic = True
@@ -259,8 +287,10 @@ def generator_state(generator: torch.Generator | np.random.Generator) -> torch.T
 def set_generator_state(generator: torch.Generator | np.random.Generator, state: torch.Tensor | str) -> None:
     """Sets what `generator_state` gave for a generator of the same kind; otherwise it is a ValueError."""
     if isinstance(generator, torch.Generator) != isinstance(state, torch.Tensor):
-        raise ValueError(f"Found a state of type {type(state).__name__} for a {type(generator).__module__} generator; "
-                         "expected a tensor for torch and text for numpy.")
+        raise ValueError(
+            f"Found a state of type {type(state).__name__} for a {type(generator).__module__} generator; "
+            "expected a tensor for torch and text for numpy."
+        )
     if isinstance(generator, torch.Generator):
         generator.set_state(state.cpu())  # also a CUDA generator's state lives on the CPU
     else:
@@ -325,8 +355,10 @@ def pick_device(name: str) -> torch.device:
             seen = f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no device{masked}; see nvidia-smi"
         raise UserError(f"--device {name}: {seen}. Use --device cpu, or --configs ... cpu for a lighter set-up.")
     if int(index or 0) >= count:
-        raise UserError(f"--device {name}: torch sees {count} device(s), cuda:0 to cuda:{count - 1}. "
-                        "Use one of these, or --device cpu.")
+        raise UserError(
+            f"--device {name}: torch sees {count} device(s), cuda:0 to cuda:{count - 1}. "
+            "Use one of these, or --device cpu."
+        )
     return torch.device("cuda", int(index or 0))
 
 
@@ -339,8 +371,10 @@ def out_of_memory_help(error: BaseException) -> str | None:
     reason = text.partition(" GPU ")[0].partition("\n")[0].strip().rstrip(".") or "Out of memory"
     host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in text
     data = ", dataset_size (steps in memory)" if host else ""
-    return (f"{reason}. Make one of these smaller: batch_size, batch_length, imag_horizon, envs{data}, or the network "
-            "(a block such as --configs ... size12m); or --precision bfloat16.")
+    return (
+        f"{reason}. Make one of these smaller: batch_size, batch_length, imag_horizon, envs{data}, or the network "
+        "(a block such as --configs ... size12m); or --precision bfloat16."
+    )
 
 
 def parameter_table(modules: Mapping[str, nn.Module]) -> str:

@@ -1,7 +1,8 @@
-"""Kinds of observation. A file per kind says how it is recognised, encoded, decoded and scored; this registry names them.
+"""Kinds of observation. A file per kind says how it is recognised, encoded, decoded and scored; this registry names
+them.
 
-A kind is a `ModalityConfig`: adding one to `MODALITY_CONFIGS` makes every observation that it recognises part of the world model.
-The order of the registry is the order in which embeddings are joined.
+A kind is a `ModalityConfig`: adding one to `MODALITY_CONFIGS` makes every observation that it recognises part of the
+world model. The order of the registry is the order in which embeddings are joined.
 """
 
 import re
@@ -25,7 +26,8 @@ class ModalityConfig:
     Attributes:
         name: as it appears in logs and in the keys of the embedding.
         recognises: does an observation of this space belong to this kind?
-        keys_option: the option of the encoder's and decoder's configuration that holds the regular expression over keys.
+        keys_option: the option of the encoder's and decoder's configuration that holds the regular expression over
+            keys.
         encoder: (spaces, **options) -> module with `out_size`, mapping {key: [*b, ...]} to [*b, out_size].
         decoder: (spaces, deter, stoch, **options) -> module mapping deter, stoch to {key: distribution}.
     """
@@ -38,9 +40,7 @@ class ModalityConfig:
 
 
 MODALITY_CONFIGS: dict[str, ModalityConfig] = {
-    "vector": ModalityConfig(
-        "vector", vector.recognises, "mlp_keys", vector.VectorEncoder, vector.VectorDecoder
-    ),
+    "vector": ModalityConfig("vector", vector.recognises, "mlp_keys", vector.VectorEncoder, vector.VectorDecoder),
     "image": ModalityConfig("image", image.recognises, "cnn_keys", image.ImageEncoder, image.ImageDecoder),
 }
 

@@ -1,7 +1,7 @@
 """Images: uint8 [height, width, channels], of any size that can be halved once per stage.
 
-Encoder: stages of (convolution, halving, norm, activation). Decoder: a start map from deter (block-linear over channels)
-plus a net of stoch, then stages that double it. Several image keys are stacked along the channels.
+Encoder: stages of (convolution, halving, norm, activation). Decoder: a start map from deter (block-linear over
+channels) plus a net of stoch, then stages that double it. Several image keys are stacked along the channels.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def open_loop_video(
 ) -> UInt8[np.ndarray, "t h2 w2 3"]:
     """A film of windows side by side; in each column truth, model and error (grey is none), one above the other.
 
-    The frame around the model's picture is green where it has seen the truth (the first `context` steps), red where it imagines.
+    The frame around the model's picture is green while it is shown the truth (`context` steps), red while it imagines.
     """
     truth = truth.astype(np.float32) / 255
     rows = [truth, predicted.clip(0, 1), ((predicted - truth + 1) / 2).clip(0, 1)]
@@ -54,8 +54,8 @@ def common_size(spaces: dict[str, gs.Space], stages: int) -> tuple[int, int]:
     if height % unit or width % unit:
         near = [max(unit, unit * round(side / unit)) for side in (height, width)]
         raise UserError(
-            f"An image of {height}x{width} cannot be halved {stages} times (the encoder's mults have {stages} entries): both "
-            f"sides must be multiples of {unit}. Nearest that works: --image_size {near[0]} {near[1]}"
+            f"An image of {height}x{width} cannot be halved {stages} times (mults has {stages} entries): "
+            f"both sides must be multiples of {unit}. Nearest that works: --image_size {near[0]} {near[1]}"
         )
     return height, width
 
@@ -126,7 +126,8 @@ class ImageDecoder(nn.Module):
         self.start = (height >> len(mults), width >> len(mults), depths[-1])
         if deter % blocks or depths[-1] % blocks:
             raise UserError(
-                f"decoder.blocks is {blocks}, which must divide deter ({deter}) and the start map's channels ({depths[-1]})."
+                f"decoder.blocks is {blocks}, which must divide deter ({deter}) and the start map's channels "
+                f"({depths[-1]})."
             )
         self.from_deter = BlockLinear(blocks, deter // blocks, prod(self.start) // blocks)
         self.from_stoch = nn.Sequential(Dense(stoch, 2 * units, act), Linear(2 * units, prod(self.start)))

@@ -1,7 +1,7 @@
 """Vectors: joint positions, measurements, discrete readings.
 
-Numbers are squashed by symlog and discrete entries turned into one-hot vectors, all joined into one MLP. The decoder predicts
-every key: numbers by the squared error in symlog space, discrete entries by a categorical.
+Numbers are squashed by symlog and discrete entries turned into one-hot vectors, all joined into one MLP. The decoder
+predicts every key: numbers by the squared error in symlog space, discrete entries by a categorical.
 """
 
 import numpy as np
@@ -65,7 +65,9 @@ class VectorEncoder(nn.Module):
         for key, space in self.spaces.items():
             part = as_vector(obs[key], space, self.symlog)
             parts.append(part * present[key].unsqueeze(-1) if key in present else part)
-        return self.mlp(torch.cat(parts, -1).to(self.mlp[0].linear.weight.dtype) if len(self.mlp) else torch.cat(parts, -1))
+        return self.mlp(
+            torch.cat(parts, -1).to(self.mlp[0].linear.weight.dtype) if len(self.mlp) else torch.cat(parts, -1)
+        )
 
 
 class VectorDecoder(nn.Module):
@@ -87,18 +89,22 @@ class VectorDecoder(nn.Module):
         super().__init__()
         self.spaces, self.dist = spaces, vector_dist
         self.mlp = MLP(deter + stoch, units, layers, act)
-        self.out = nn.ModuleDict({
-            safe(key): nn.ModuleList(
-                Linear(self.mlp.out_size, n, outscale) for n in classes(space) or [width(space)]
-            )
-            for key, space in spaces.items()
-        })
+        self.out = nn.ModuleDict(
+            {
+                safe(key): nn.ModuleList(
+                    Linear(self.mlp.out_size, n, outscale) for n in classes(space) or [width(space)]
+                )
+                for key, space in spaces.items()
+            }
+        )
 
     def forward(
         self, deter: Float[Tensor, "*b deter"], stoch: Float[Tensor, "*b stoch"]
     ) -> dict[str, Joint | Normal | SquaredError]:
         x = self.mlp(torch.cat([deter, stoch], -1))
-        return {key: self._dist([layer(x) for layer in self.out[safe(key)]], space) for key, space in self.spaces.items()}
+        return {
+            key: self._dist([layer(x) for layer in self.out[safe(key)]], space) for key, space in self.spaces.items()
+        }
 
     def target(self, key: str, value: Tensor) -> Float[Tensor, "*b width"]:
         """What the distribution of `key` is scored on."""

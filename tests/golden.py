@@ -2,11 +2,12 @@
 
     python tests/golden.py FILE.npz [--horizon 333] [--lam 0.95] [--imag_horizon 15] [--dump OUT.npz]
 
-The file holds weights, four batches, and what the reference made of them: losses, posterior, return normaliser, gradients, and the
-weights after four optimizer steps (format: `tests/golden/README.md`). Network sizes and the kinds of observation and action are
-inferred from its arrays; the weights are loaded into this project's own modules, sampling is fixed as in the reference (mode of
-categoricals, mean + 0.5 std of normals), and the largest relative errors are printed. Exit status 0 only if all are within
-tolerance: losses, posterior, normaliser and gradients 1e-4 of the tensor's norm, weights' movements 3e-3.
+The file holds weights, four batches, and what the reference made of them: losses, posterior, return normaliser,
+gradients, and the weights after four optimizer steps (format: `tests/golden/README.md`). Network sizes and the kinds of
+observation and action are inferred from its arrays; the weights are loaded into this project's own modules, sampling is
+fixed as in the reference (mode of categoricals, mean + 0.5 std of normals), and the largest relative errors are
+printed. Exit status 0 only if all are within tolerance: losses, posterior, normaliser and gradients 1e-4 of the
+tensor's norm, weights' movements 3e-3.
 """
 
 import argparse
@@ -125,7 +126,9 @@ class Reference:
 class Names:
     """Which of our parameters is which of the reference's arrays, and how their layouts differ.
 
-    `pairs` lists (our tensor, the reference's name, to_ours, to_reference); `vector_head` names a vector's output layer."""
+    `pairs` lists (our tensor, the reference's name, to_ours, to_reference); `vector_head` names a vector's output
+    layer.
+    """
 
     def __init__(self, agent: Dreamer, vector_head=lambda key: f"dec/vec/{key}/pred"):
         self.vector_head = vector_head
@@ -308,7 +311,9 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def compare(reference: Reference, found: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Errors by kind (a key of TOLERANCE) and name. Whatever the file holds and we did not compute is an infinite error."""
+    """Errors by kind (a key of TOLERANCE) and name. Whatever the file holds and we did not compute is an infinite
+    error.
+    """
     errors: dict[str, dict[str, float]] = {kind: {} for kind in TOLERANCE}
     for key, expected in reference.arrays.items():
         name = key.split(":", 1)[1]
@@ -360,7 +365,9 @@ def main() -> int:
         print(f"{kind} (at most {TOLERANCE[kind]:.0e})")
         for name, error in rows.items():
             print(f"  {'ok  ' if error <= TOLERANCE[kind] else 'FAIL'} {error:9.2e}  {name}")
-    print("largest relative error: " + ", ".join(f"{k} {max(v.values(), default=np.nan):.1e}" for k, v in errors.items()))
+    print(
+        "largest relative error: " + ", ".join(f"{k} {max(v.values(), default=np.nan):.1e}" for k, v in errors.items())
+    )
     good = within(errors)
     print("agrees with the reference" if good else "DOES NOT AGREE with the reference")
     return 0 if good else 1

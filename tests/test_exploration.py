@@ -27,7 +27,7 @@ def test_multi_discrete_actions_are_one_hots_side_by_side():
     actions = Random(spaces.MultiDiscrete([2, 5]), seed=1).policy(20000)
     assert actions.shape == (20000, 7)
     assert (actions[:, :2].sum(1) == 1).all() and (actions[:, 2:].sum(1) == 1).all()
-    joint = actions[:, :2].T @ actions[:, 2:] / len(actions)   # the two parts are independent
+    joint = actions[:, :2].T @ actions[:, 2:] / len(actions)  # the two parts are independent
     assert np.abs(joint - 0.1).max() < 0.01
 
 
@@ -47,12 +47,12 @@ def test_a_given_generator_is_drawn_from():
 
 
 def test_other_spaces_are_a_clear_error():
-    with pytest.raises(UserError, match='MultiBinary.*expected Box, Discrete or MultiDiscrete'):
+    with pytest.raises(UserError, match="MultiBinary.*expected Box, Discrete or MultiDiscrete"):
         Random(spaces.MultiBinary(3))
 
 
 def test_it_drives_a_real_environment():
-    env = gymnasium.make('CartPole-v1')
+    env = gymnasium.make("CartPole-v1")
     policy = Random(env.action_space, seed=0)
     env.reset(seed=0)
     steps, over = 0, False

@@ -53,7 +53,9 @@ def test_a_changed_number_is_noticed(key, tmp_path):
 
 
 def test_image_and_vector_together(tmp_path):
-    """A file with both kinds of observation, other sizes and another batch shape, is understood: written here, read back."""
+    """A file with both kinds of observation, other sizes and another batch shape, is understood: written here, read
+    back.
+    """
     import config as configuration
     from dreamer import Dreamer
 

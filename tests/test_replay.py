@@ -21,20 +21,27 @@ import replay as module
 from replay import Replay, ReplayError, StorageError, infer_spaces, sample_episodes
 
 ROOT = Path(__file__).resolve().parent.parent
-SPACES = {'code': spaces.Box(-np.inf, np.inf, (3,), np.float64), 'image': spaces.Box(0, 255, (4, 4, 3), np.uint8)}
-LATENT = {'deter': 6, 'stoch': 4, 'classes': 5}
+SPACES = {"code": spaces.Box(-np.inf, np.inf, (3,), np.float64), "image": spaces.Box(0, 255, (4, 4, 3), np.uint8)}
+LATENT = {"deter": 6, "stoch": 4, "classes": 5}
 
 
 def make(directory=None, **changes) -> Replay:
-    options = {'latent': LATENT, 'capacity': 4000, 'length': 8, 'streams': 2, 'seed': 0, 'online': False} | changes
+    options = {"latent": LATENT, "capacity": 4000, "length": 8, "streams": 2, "seed": 0, "online": False} | changes
     return Replay(directory, SPACES, 2, **options)
 
 
 def step(stream: int, episode: int, t: int, last: bool, terminal: bool = False) -> dict:
     """Observation (stream, episode, t); reward t; action (t, episode), chosen here."""
-    return {'code': np.array([stream, episode, t], np.float64), 'image': np.full((4, 4, 3), t % 256, np.uint8),
-            'reward': np.float32(t), 'is_first': t == 0, 'is_last': last, 'is_terminal': terminal, 'log_x': 1.0,
-            'action': np.array([t + 1, episode + 1], np.float32)}
+    return {
+        "code": np.array([stream, episode, t], np.float64),
+        "image": np.full((4, 4, 3), t % 256, np.uint8),
+        "reward": np.float32(t),
+        "is_first": t == 0,
+        "is_last": last,
+        "is_terminal": terminal,
+        "log_x": 1.0,
+        "action": np.array([t + 1, episode + 1], np.float32),
+    }
 
 
 def fill(replay: Replay, lengths, stream: int = 0, latent: bool = False, first: int = 0) -> None:
@@ -46,21 +53,21 @@ def fill(replay: Replay, lengths, stream: int = 0, latent: bool = False, first: 
 
 def check_window(batch, row: int, lengths: dict | list) -> None:
     """Every step follows the one before it; `lengths[episode]` tells where episodes end."""
-    code, action = batch['code'][row].astype(int), batch['action'][row]
-    assert len(set(code[:, 0])) == 1, 'never across streams'
+    code, action = batch["code"][row].astype(int), batch["action"][row]
+    assert len(set(code[:, 0])) == 1, "never across streams"
     for now, then in itertools.pairwise(range(len(code))):
         (_, episode, t), (_, next_episode, next_t) = code[now], code[then]
         ends = t == lengths[episode] - 1
         assert (next_episode, next_t) == ((episode + 1, 0) if ends else (episode, t + 1))
     for k, (_, episode, t) in enumerate(code):
         last = t == lengths[episode] - 1
-        assert batch['is_first'][row, k] == (t == 0) and batch['is_last'][row, k] == last
-        assert batch['reward'][row, k] == t and (batch['image'][row, k] == t % 256).all()
+        assert batch["is_first"][row, k] == (t == 0) and batch["is_last"][row, k] == last
+        assert batch["reward"][row, k] == t and (batch["image"][row, k] == t % 256).all()
         assert np.array_equal(action[k], [0, 0] if last else [t + 1, episode + 1])
     # the context step is the one before: its action led to the first trained step
     _, episode, t = code[0]
     expected = [0, 0] if t == 0 else [t, episode + 1]
-    assert np.array_equal(batch.context['action'][row], expected)
+    assert np.array_equal(batch.context["action"][row], expected)
 
 
 def contents(replay: Replay, stream: int = 0) -> dict[str, np.ndarray]:
@@ -85,17 +92,17 @@ def test_windows_pair_steps_and_cross_episodes():
     for _ in range(200):
         batch = replay.sample(4)
         for row in range(4):
-            check_window(batch, row, lengths[int(batch['code'][row, 0, 0])])
-            crossed += len(set(batch['code'][row, :, 1])) > 1
+            check_window(batch, row, lengths[int(batch["code"][row, 0, 0])])
+            crossed += len(set(batch["code"][row, :, 1])) > 1
             starts.add((int(batch.where.streams[row]), int(batch.where.starts[row])))
     assert crossed > 100 and (0, 0) in starts and (0, sum(lengths[0]) - 9) in starts and (1, 0) in starts
-    assert batch['image'].dtype == np.uint8 and batch['image'].shape == (4, 8, 4, 4, 3)
-    assert batch['code'].dtype == np.float32
-    assert all(batch[f'present/{key}'].all() for key in SPACES)
+    assert batch["image"].dtype == np.uint8 and batch["image"].shape == (4, 8, 4, 4, 3)
+    assert batch["code"].dtype == np.float32
+    assert all(batch[f"present/{key}"].all() for key in SPACES)
 
 
 def test_windows_cross_chunks(monkeypatch):
-    monkeypatch.setattr(module, 'CHUNK', 5)
+    monkeypatch.setattr(module, "CHUNK", 5)
     replay = make(length=12)
     lengths = [9] * 12
     fill(replay, lengths, latent=True)
@@ -103,9 +110,9 @@ def test_windows_cross_chunks(monkeypatch):
         batch = replay.sample(4)
         for row in range(4):
             check_window(batch, row, lengths)
-            before = (int(batch['code'][row, 0, 2]) - 1) % 9
-            assert batch.context['valid'][row] and np.all(batch.context['deter'][row] == np.float16(before / 100))
-            assert (batch.context['stoch'][row] == before % 5).all()
+            before = (int(batch["code"][row, 0, 2]) - 1) % 9
+            assert batch.context["valid"][row] and np.all(batch.context["deter"][row] == np.float16(before / 100))
+            assert (batch.context["stoch"][row] == before % 5).all()
 
 
 def test_sampling_is_uniform_over_start_positions():
@@ -127,7 +134,7 @@ def test_sampling_is_uniform_over_start_positions():
 def test_no_window_is_an_error_and_the_smallest_has_one():
     replay = make(length=8)
     fill(replay, [8])
-    with pytest.raises(ReplayError, match='found 8 steps.*expected at least 9'):
+    with pytest.raises(ReplayError, match="found 8 steps.*expected at least 9"):
         replay.sample(1)
     fill(replay, [1], first=1)
     assert replay.windows == 1
@@ -138,16 +145,16 @@ def test_out_is_filled_in_place_and_batches_are_fresh():
     replay = make()
     fill(replay, [40], latent=True)
     out = replay.empty(3)
-    image, deter = out['image'], out.context['deter']
+    image, deter = out["image"], out.context["deter"]
     filled = replay.sample(3, out=out)
-    assert filled is out and filled['image'] is image and filled.context['deter'] is deter
+    assert filled is out and filled["image"] is image and filled.context["deter"] is deter
     check_window(out, 0, [40])
     first = replay.sample(2)
-    kept = first['code'].copy()
-    first['action'][:] = 99  # the caller may write
+    kept = first["code"].copy()
+    first["action"][:] = 99  # the caller may write
     replay.sample(2)
-    assert np.array_equal(first['code'], kept) and not (contents(replay)['action'] == 99).any()
-    with pytest.raises(ReplayError, match='expected 2'):
+    assert np.array_equal(first["code"], kept) and not (contents(replay)["action"] == 99).any()
+    with pytest.raises(ReplayError, match="expected 2"):
         replay.sample(2, out=out)
 
 
@@ -156,16 +163,16 @@ def test_missing_observation_means_not_present(tmp_path):
     for t in range(12):
         given = step(0, 0, t, t == 11)
         if t in (3, 4):
-            del given['image']
+            del given["image"]
         if t == 6:
-            given |= {'present/code': False, 'code': np.full(3, np.nan)}
+            given |= {"present/code": False, "code": np.full(3, np.nan)}
         replay.add(0, given)
     for source in (replay, make(tmp_path, length=4)):
         held = contents(source)
-        assert np.flatnonzero(~held['present/image']).tolist() == [3, 4] and not held['image'][3:5].any()
-        assert np.flatnonzero(~held['present/code']).tolist() == [6] and not held['code'][6].any()
-    with np.load(tmp_path / 's000-e000000-p000-0012.npz', allow_pickle=False) as file:
-        assert {'present/image', 'present/code'} < set(file.files)
+        assert np.flatnonzero(~held["present/image"]).tolist() == [3, 4] and not held["image"][3:5].any()
+        assert np.flatnonzero(~held["present/code"]).tolist() == [6] and not held["code"][6].any()
+    with np.load(tmp_path / "s000-e000000-p000-0012.npz", allow_pickle=False) as file:
+        assert {"present/image", "present/code"} < set(file.files)
 
 
 # Latents
@@ -175,20 +182,20 @@ def test_latents_are_written_back_and_forgotten():
     replay = make(length=8)
     fill(replay, [100])
     batch = replay.sample(2)
-    assert not batch.context['valid'].any() and not batch.context['deter'].any() and not batch.context['stoch'].any()
-    t = batch['code'][..., 2].astype(int)
+    assert not batch.context["valid"].any() and not batch.context["deter"].any() and not batch.context["stoch"].any()
+    t = batch["code"][..., 2].astype(int)
     replay.write_latents(batch.where, np.repeat(t[..., None] / 100, 6, -1), np.repeat(t[..., None] % 5, 4, -1))
     written, held = set(t.ravel().tolist()), contents(replay)
     assert set(np.flatnonzero(held[module.VALID]).tolist()) == written
-    assert replay.stats()['latents_valid'] == len(written) / 100
+    assert replay.stats()["latents_valid"] == len(written) / 100
     for position in written:
         assert (held[module.DETER][position] == np.float16(position / 100)).all()
         assert (held[module.STOCH][position] == position % 5).all() and held[module.STOCH].dtype == np.uint8
     fill(replay, [50], first=1)  # more steps do not disturb them
     assert contents(replay)[module.VALID].sum() == len(written)
     replay.forget_latents()
-    assert replay.stats()['latents_valid'] == 0
-    assert not replay.sample(50).context['deter'].any()
+    assert replay.stats()["latents_valid"] == 0
+    assert not replay.sample(50).context["deter"].any()
 
 
 def test_bad_latents_are_counted_not_written():
@@ -200,23 +207,23 @@ def test_bad_latents_are_counted_not_written():
     replay.write_latents(batch.where, deter, np.zeros((3, 8, 4), np.int64))
     start = int(batch.where.starts[0])
     valid = np.flatnonzero(contents(replay)[module.VALID])
-    assert valid.tolist() == list(range(start + 1, start + 9)) and replay.stats()['latents_rejected'] == 2
-    with pytest.raises(ReplayError, match='expected class indices'):
+    assert valid.tolist() == list(range(start + 1, start + 9)) and replay.stats()["latents_rejected"] == 2
+    with pytest.raises(ReplayError, match="expected class indices"):
         replay.write_latents(batch.where, deter, np.zeros((3, 8, 4), np.float32))
-    with pytest.raises(ReplayError, match=r'expected \(3, 8, 4\)'):
+    with pytest.raises(ReplayError, match=r"expected \(3, 8, 4\)"):
         replay.write_latents(batch.where, deter, np.zeros((3, 8, 4, 5), np.int64))
 
 
 def test_gaussian_latents_and_none():
-    replay = make(latent={'deter': 6, 'stoch': 4, 'classes': 0})
+    replay = make(latent={"deter": 6, "stoch": 4, "classes": 0})
     for t in range(20):
         replay.add(0, step(0, 0, t, False), (np.zeros(6, np.float32), np.full(4, t / 8)))
     batch = replay.sample(4)
-    assert batch.context['stoch'].dtype == np.float16
-    assert np.array_equal(batch.context['stoch'][:, 0], (batch['code'][:, 0, 2] - 1) / 8)
+    assert batch.context["stoch"].dtype == np.float16
+    assert np.array_equal(batch.context["stoch"][:, 0], (batch["code"][:, 0, 2] - 1) / 8)
     plain = make(latent=None)
     fill(plain, [20])
-    assert set(plain.sample(2).context) == {'action', 'valid'} and plain.bytes_per_step == 4 * 3 + 48 + 2 + 4 + 3 + 8
+    assert set(plain.sample(2).context) == {"action", "valid"} and plain.bytes_per_step == 4 * 3 + 48 + 2 + 4 + 3 + 8
 
 
 def test_latents_of_evicted_steps_are_dropped():
@@ -234,7 +241,7 @@ def test_latents_of_evicted_steps_are_dropped():
 # Capacity
 
 
-@pytest.mark.parametrize('on_disk', [False, True])
+@pytest.mark.parametrize("on_disk", [False, True])
 def test_capacity_bounds_steps_and_bytes(tmp_path, on_disk):
     replay = make(tmp_path if on_disk else None, capacity=200, length=8)
     counter = [0, 0]
@@ -245,7 +252,7 @@ def test_capacity_bounds_steps_and_bytes(tmp_path, on_disk):
         replay.add(stream, step(stream, counter[stream] // 700, t, t == 699))
         counter[stream] += 1
         assert len(replay) <= 200
-    assert replay.stats()['bytes'] <= replay.estimate_bytes(200 + 2 * 25)
+    assert replay.stats()["bytes"] <= replay.estimate_bytes(200 + 2 * 25)
     assert replay._streams[1].end == counter[1] and len(replay) > 140
     for _ in range(20):
         batch = replay.sample(2)
@@ -254,7 +261,7 @@ def test_capacity_bounds_steps_and_bytes(tmp_path, on_disk):
         replay.flush()
         everything = make(tmp_path, capacity=10000)
         assert len(everything) == 1500
-        assert np.array_equal(contents(everything)['code'][:, 2], np.arange(counter[0]) % 700)
+        assert np.array_equal(contents(everything)["code"][:, 2], np.arange(counter[0]) % 700)
         assert replay.steps == everything.steps
 
 
@@ -265,18 +272,18 @@ def test_steps_that_are_not_written_yet_never_leave_the_memory(tmp_path):
     for t in range(120):
         replay.add(0, step(0, 1, t, t == 119))
         assert len(replay) <= 100
-    assert contents(make(tmp_path, capacity=1000))['code'][:, 2].tolist() == [*range(40), *range(120)]
+    assert contents(make(tmp_path, capacity=1000))["code"][:, 2].tolist() == [*range(40), *range(120)]
 
 
 def test_short_streams_stay_small():
     replay = make(capacity=1_000_000)
     fill(replay, [20])
-    assert replay.stats()['bytes'] <= 32 * replay.bytes_per_step
+    assert replay.stats()["bytes"] <= 32 * replay.bytes_per_step
     assert replay.estimate_bytes() == 1_000_000 * replay.bytes_per_step
 
 
 def test_capacity_too_small_is_an_error():
-    with pytest.raises(ReplayError, match='expected at least 36'):
+    with pytest.raises(ReplayError, match="expected at least 36"):
         make(capacity=20)
 
 
@@ -291,39 +298,46 @@ def test_online_queue_serves_each_new_step_once_in_order():
     served = [replay.sample(1) for _ in range(12)]
     for number, batch in enumerate(served):
         stream, window = number % 2, number // 2
-        assert batch['code'][0, :, 0].tolist() == [stream] * 8
-        assert batch['code'][0, :, 2].tolist() == list(range(8 * window + 1, 8 * window + 9))
-    assert replay.stats()['online_waiting'] == 0 and replay.stats()['online_served'] == 12
+        assert batch["code"][0, :, 0].tolist() == [stream] * 8
+        assert batch["code"][0, :, 2].tolist() == list(range(8 * window + 1, 8 * window + 9))
+    assert replay.stats()["online_waiting"] == 0 and replay.stats()["online_served"] == 12
     replay.add(0, step(0, 0, 50, False))
     assert replay.sample(1).where.starts.tolist() != [48]  # one new step is no window: uniform
     for t in range(51, 57):
         replay.add(0, step(0, 0, t, False))
     mixed = replay.sample(3)
-    assert (mixed.where.streams[0], mixed.where.starts[0]) == (0, 48) and replay.stats()['online_served'] == 13
+    assert (mixed.where.streams[0], mixed.where.starts[0]) == (0, 48) and replay.stats()["online_served"] == 13
 
 
 def test_online_windows_that_left_the_memory_are_dropped():
     replay = make(online=True, length=8, capacity=60, streams=1)
     fill(replay, [200])
     stats = replay.stats()
-    assert stats['online_dropped'] > 10 and stats['online_waiting'] <= 60 // 8
+    assert stats["online_dropped"] > 10 and stats["online_waiting"] <= 60 // 8
     assert replay.sample(1).where.starts[0] >= replay._streams[0].begin
 
 
 # Bad steps
 
 
-@pytest.mark.parametrize('key, value, text', [
-    ('code', np.array([0, np.nan, 1]), r"observation 'code' from stream 1 \(environment 1\), step 5 .*episode 0: found "
-                                       r'nan at index \(1,\).*1 of 3'),
-    ('code', np.array([0, np.inf, 1]), 'found inf'),
-    ('code', np.array([0, 1e300, 1]), 'found inf'),  # float32 cannot hold it
-    ('code', np.zeros(4), r'found shape \(4,\), expected \(3,\)'),
-    ('image', np.zeros((4, 4, 3), np.float32), 'found float32, expected uint8'),
-    ('reward', np.float32('nan'), 'reward from stream 1'),
-    ('action', np.array([np.nan, 0]), 'action from stream 1'),
-    ('action', np.zeros(3), r'expected \(2,\)'),
-])
+@pytest.mark.parametrize(
+    "key, value, text",
+    [
+        (
+            "code",
+            np.array([0, np.nan, 1]),
+            r"observation 'code' from stream 1 \(environment 1\), step 5 .*episode 0: found "
+            r"nan at index \(1,\).*1 of 3",
+        ),
+        ("code", np.array([0, np.inf, 1]), "found inf"),
+        ("code", np.array([0, 1e300, 1]), "found inf"),  # float32 cannot hold it
+        ("code", np.zeros(4), r"found shape \(4,\), expected \(3,\)"),
+        ("image", np.zeros((4, 4, 3), np.float32), "found float32, expected uint8"),
+        ("reward", np.float32("nan"), "reward from stream 1"),
+        ("action", np.array([np.nan, 0]), "action from stream 1"),
+        ("action", np.zeros(3), r"expected \(2,\)"),
+    ],
+)
 def test_bad_steps_name_key_stream_and_step_and_are_not_stored(key, value, text):
     replay = make()
     for t in range(5):
@@ -337,25 +351,25 @@ def test_bad_steps_name_key_stream_and_step_and_are_not_stored(key, value, text)
 
 def test_other_mistakes_are_told():
     replay = make()
-    with pytest.raises(ReplayError, match='expected 0 to 1'):
+    with pytest.raises(ReplayError, match="expected 0 to 1"):
         replay.add(2, step(0, 0, 0, False))
-    with pytest.raises(ReplayError, match='without is_first'):
+    with pytest.raises(ReplayError, match="without is_first"):
         replay.add(0, step(0, 0, 3, False))
-    with pytest.raises(ReplayError, match='reward missing'):
-        replay.add(0, {key: value for key, value in step(0, 0, 0, False).items() if key != 'reward'})
-    with pytest.raises(ReplayError, match='rename'):
-        Replay(None, {'reward': SPACES['code']}, 2, capacity=100, length=4, streams=1, seed=0)
-    with pytest.raises(ReplayError, match='tokenize'):
-        Replay(None, {'text': spaces.Text(5)}, 2, capacity=100, length=4, streams=1, seed=0)
+    with pytest.raises(ReplayError, match="reward missing"):
+        replay.add(0, {key: value for key, value in step(0, 0, 0, False).items() if key != "reward"})
+    with pytest.raises(ReplayError, match="rename"):
+        Replay(None, {"reward": SPACES["code"]}, 2, capacity=100, length=4, streams=1, seed=0)
+    with pytest.raises(ReplayError, match="tokenize"):
+        Replay(None, {"text": spaces.Text(5)}, 2, capacity=100, length=4, streams=1, seed=0)
 
 
 def test_last_action_is_zero_and_needs_not_be_given():
     replay = make()
     given = step(0, 0, 1, True)
-    del given['action']
+    del given["action"]
     replay.add(0, step(0, 0, 0, False))
     replay.add(0, given)
-    assert contents(replay)['action'].tolist() == [[1, 1], [0, 0]]
+    assert contents(replay)["action"].tolist() == [[1, 1], [0, 0]]
 
 
 def test_abandoned_episode_is_closed(tmp_path):
@@ -366,10 +380,10 @@ def test_abandoned_episode_is_closed(tmp_path):
     fill(replay, [4], first=1)
     for source in (replay, make(tmp_path)):
         held = contents(source)
-        assert np.flatnonzero(held['is_last']).tolist() == [4, 8]
-        assert np.flatnonzero(held['is_first']).tolist() == [0, 5]
-        assert not held['action'][4].any() and not held['is_terminal'].any() and source.steps == 7
-    assert names(tmp_path) == ['s000-e000000-p000-0005.npz', 's000-e000001-p000-0004.npz']
+        assert np.flatnonzero(held["is_last"]).tolist() == [4, 8]
+        assert np.flatnonzero(held["is_first"]).tolist() == [0, 5]
+        assert not held["action"][4].any() and not held["is_terminal"].any() and source.steps == 7
+    assert names(tmp_path) == ["s000-e000000-p000-0005.npz", "s000-e000001-p000-0004.npz"]
 
 
 # Disk
@@ -378,37 +392,42 @@ def test_abandoned_episode_is_closed(tmp_path):
 def test_pieces_hold_one_episode_each(tmp_path):
     replay = make(tmp_path, capacity=100_000)
     fill(replay, [1024, 3, 1025, 2])
-    assert names(tmp_path) == ['s000-e000000-p000-1024.npz', 's000-e000001-p000-0003.npz', 's000-e000002-p000-1024.npz',
-                               's000-e000002-p001-0001.npz', 's000-e000003-p000-0002.npz']
-    with np.load(tmp_path / 's000-e000002-p000-1024.npz', allow_pickle=False) as file:
-        assert set(file.files) == {'is_first', 'is_last', 'is_terminal', 'discount', 'action', 'reward', *SPACES}
-        assert file['discount'].dtype == np.float32 and file['image'].dtype == np.uint8
-        assert np.array_equal(file['code'][:, 2], np.arange(1024)) and (file['code'][:, 1] == 2).all()
+    assert names(tmp_path) == [
+        "s000-e000000-p000-1024.npz",
+        "s000-e000001-p000-0003.npz",
+        "s000-e000002-p000-1024.npz",
+        "s000-e000002-p001-0001.npz",
+        "s000-e000003-p000-0002.npz",
+    ]
+    with np.load(tmp_path / "s000-e000002-p000-1024.npz", allow_pickle=False) as file:
+        assert set(file.files) == {"is_first", "is_last", "is_terminal", "discount", "action", "reward", *SPACES}
+        assert file["discount"].dtype == np.float32 and file["image"].dtype == np.uint8
+        assert np.array_equal(file["code"][:, 2], np.arange(1024)) and (file["code"][:, 1] == 2).all()
     again = make(tmp_path, capacity=100_000)
     assert again.steps == replay.steps == 2054 - 4 and len(again) == 2054
     for key, value in contents(again).items():
-        if not key.startswith('latent/'):
+        if not key.startswith("latent/"):
             assert np.array_equal(value, contents(replay)[key]), key
-    assert not contents(again)[module.VALID].any() and again.stats()['episodes'] == 4
+    assert not contents(again)[module.VALID].any() and again.stats()["episodes"] == 4
 
 
 def test_discount_is_zero_only_at_termination(tmp_path):
     replay = make(tmp_path)
     replay.add(0, step(0, 0, 0, False))
     replay.add(0, step(0, 0, 1, True, terminal=True))
-    with np.load(tmp_path / 's000-e000000-p000-0002.npz', allow_pickle=False) as file:
-        assert file['discount'].tolist() == [1, 0]
+    with np.load(tmp_path / "s000-e000000-p000-0002.npz", allow_pickle=False) as file:
+        assert file["discount"].tolist() == [1, 0]
 
 
 def test_streams_and_episodes_go_on_after_a_restart(tmp_path):
     fill(make(tmp_path), [5, 6], stream=1)
     replay = make(tmp_path, streams=1)  # fewer environments: the other stream stays as data
     fill(replay, [4], stream=0)
-    assert replay.stats()['streams'] == 2 and len(replay) == 15
+    assert replay.stats()["streams"] == 2 and len(replay) == 15
     replay = make(tmp_path, streams=2)
     fill(replay, [7], stream=1, first=2)
     assert replay._streams[1].begin == 0 and replay._streams[1].end == 18
-    assert 's001-e000002-p000-0007.npz' in names(tmp_path) and replay.steps == 22 - 4
+    assert "s001-e000002-p000-0007.npz" in names(tmp_path) and replay.steps == 22 - 4
 
 
 def test_only_the_newest_steps_are_read(tmp_path):
@@ -418,9 +437,9 @@ def test_only_the_newest_steps_are_read(tmp_path):
     small = make(tmp_path, capacity=170, piece=32)
     assert len(small) == 170 and small.steps == replay.steps == 530 - 6
     assert len(small._streams[1]) == 30 and small._streams[0].begin == 360 and small._streams[0].end == 500
-    assert contents(small)['code'][:, 2].tolist() == [*range(60, 100), *range(100)]
-    assert not contents(small)['is_first'][0]
-    assert small.stats()['bytes'] <= small.estimate_bytes(170 + 2 * 21)
+    assert contents(small)["code"][:, 2].tolist() == [*range(60, 100), *range(100)]
+    assert not contents(small)["is_first"][0]
+    assert small.stats()["bytes"] <= small.estimate_bytes(170 + 2 * 21)
 
 
 def test_flush_grows_a_piece_and_nothing_is_loaded_twice(tmp_path):
@@ -430,21 +449,21 @@ def test_flush_grows_a_piece_and_nothing_is_loaded_twice(tmp_path):
         if t == 4:
             replay.flush()
             replay.flush()
-            assert names(tmp_path) == ['s000-e000000-p000-0005.npz']
-            shutil.copy(tmp_path / names(tmp_path)[0], tmp_path / 'kept')
+            assert names(tmp_path) == ["s000-e000000-p000-0005.npz"]
+            shutil.copy(tmp_path / names(tmp_path)[0], tmp_path / "kept")
     replay.flush()
-    assert names(tmp_path) == ['kept', 's000-e000000-p000-0010.npz']
+    assert names(tmp_path) == ["kept", "s000-e000000-p000-0010.npz"]
     # a crash between the rename and the removal of the shorter file; and one while writing
-    (tmp_path / 'kept').rename(tmp_path / 's000-e000000-p000-0005.npz')
-    (tmp_path / 's000-e000000-p000-0012.npz.tmp').write_bytes(b'half')
+    (tmp_path / "kept").rename(tmp_path / "s000-e000000-p000-0005.npz")
+    (tmp_path / "s000-e000000-p000-0012.npz.tmp").write_bytes(b"half")
     for _ in range(2):
         again = make(tmp_path)
-        assert names(tmp_path) == ['s000-e000000-p000-0010.npz'] and len(again) == 10 and again.steps == 9
+        assert names(tmp_path) == ["s000-e000000-p000-0010.npz"] and len(again) == 10 and again.steps == 9
         held = contents(again)
-        assert held['code'][:, 2].tolist() == list(range(10))
-        assert held['is_last'].tolist() == [False] * 9 + [True] and not held['action'][-1].any()  # abandoned
+        assert held["code"][:, 2].tolist() == list(range(10))
+        assert held["is_last"].tolist() == [False] * 9 + [True] and not held["action"][-1].any()  # abandoned
     fill(again, [4], first=1)
-    assert names(tmp_path) == ['s000-e000000-p000-0010.npz', 's000-e000001-p000-0004.npz']
+    assert names(tmp_path) == ["s000-e000000-p000-0010.npz", "s000-e000001-p000-0004.npz"]
 
 
 def test_a_damaged_longer_version_leaves_the_shorter(tmp_path):
@@ -452,85 +471,85 @@ def test_a_damaged_longer_version_leaves_the_shorter(tmp_path):
     for t in range(5):
         replay.add(0, step(0, 0, t, False))
     replay.flush()
-    (tmp_path / 's000-e000000-p000-0008.npz').write_bytes(b'PK not really')
+    (tmp_path / "s000-e000000-p000-0008.npz").write_bytes(b"PK not really")
     again = make(tmp_path)
-    assert len(again) == 5 and again.stats()['corrupt'] == 1
-    assert names(tmp_path) == ['s000-e000000-p000-0005.npz']
-    assert names(tmp_path / 'corrupt') == ['s000-e000000-p000-0008.npz']
+    assert len(again) == 5 and again.stats()["corrupt"] == 1
+    assert names(tmp_path) == ["s000-e000000-p000-0005.npz"]
+    assert names(tmp_path / "corrupt") == ["s000-e000000-p000-0008.npz"]
 
 
 def damage(path: Path, how: str) -> None:
     data = path.read_bytes()
-    if how == 'truncated':
-        path.write_bytes(data[:len(data) // 2])
-    elif how == 'flipped':
+    if how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "flipped":
         at = len(data) // 2
-        path.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1:])
-    elif how == 'empty':
-        path.write_bytes(b'')
-    elif how == 'pickle':
+        path.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "pickle":
         np.savez(path, reward=np.array([{}] * 8, dtype=object), action=np.zeros((8, 2)))
-    elif how == 'length':
+    elif how == "length":
         with np.load(path) as file:
             np.savez(path, **{key: file[key][:-1] for key in file.files})
-    elif how == 'nan':
+    elif how == "nan":
         with np.load(path) as file:
-            np.savez(path, **{key: file[key] * np.float32('nan') if key == 'code' else file[key] for key in file.files})
+            np.savez(path, **{key: file[key] * np.float32("nan") if key == "code" else file[key] for key in file.files})
 
 
-@pytest.mark.parametrize('how', ['truncated', 'flipped', 'empty', 'pickle', 'length', 'nan'])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "empty", "pickle", "length", "nan"])
 def test_damaged_piece_is_set_aside_and_not_bridged(tmp_path, caplog, how):
     replay = make(tmp_path, piece=8)
     fill(replay, [30, 5])
-    bad = tmp_path / 's000-e000000-p001-0008.npz'
+    bad = tmp_path / "s000-e000000-p001-0008.npz"
     damage(bad, how)
     reader = make(tmp_path, read_only=True, streams=0)
-    assert bad.exists() and reader.stats()['corrupt'] == 1 and len(reader) == 27
+    assert bad.exists() and reader.stats()["corrupt"] == 1 and len(reader) == 27
     for trial in range(2):  # the second start knows the gap from the names alone
         caplog.clear()
         again = make(tmp_path)
         held = contents(again)
-        assert held['code'][:, 2].tolist() == [*range(8), *range(16, 30), *range(5)]
-        assert np.flatnonzero(held['is_last']).tolist() == [7, 21, 26]
-        assert np.flatnonzero(held['is_first']).tolist() == [0, 8, 22]
-        assert not held['action'][7].any() and held['reward'][8] == 16 and not held['is_terminal'].any()
-        assert again.steps == 27 - 2 and again.stats()['gaps'] == 1
-        assert again.stats()['corrupt'] == (trial == 0) == (bad.name in caplog.text)
-        assert names(tmp_path / 'corrupt') == [bad.name] and not bad.exists()
+        assert held["code"][:, 2].tolist() == [*range(8), *range(16, 30), *range(5)]
+        assert np.flatnonzero(held["is_last"]).tolist() == [7, 21, 26]
+        assert np.flatnonzero(held["is_first"]).tolist() == [0, 8, 22]
+        assert not held["action"][7].any() and held["reward"][8] == 16 and not held["is_terminal"].any()
+        assert again.steps == 27 - 2 and again.stats()["gaps"] == 1
+        assert again.stats()["corrupt"] == (trial == 0) == (bad.name in caplog.text)
+        assert names(tmp_path / "corrupt") == [bad.name] and not bad.exists()
 
 
 def test_random_damage_never_stops_the_start(tmp_path):
     rng = np.random.default_rng(0)
-    original = tmp_path / 'original'
+    original = tmp_path / "original"
     fill(make(original, piece=8), [8])
-    data = (original / 's000-e000000-p000-0008.npz').read_bytes()
+    data = (original / "s000-e000000-p000-0008.npz").read_bytes()
     for trial in range(60):
         folder = tmp_path / str(trial)
         folder.mkdir()
         changed = bytearray(data)
         for at in rng.integers(len(data), size=3):
             changed[at] = rng.integers(256)
-        (folder / 's000-e000000-p000-0008.npz').write_bytes(bytes(changed))
+        (folder / "s000-e000000-p000-0008.npz").write_bytes(bytes(changed))
         try:
             replay = make(folder)
         except ReplayError as error:  # a key's name was hit: told with the file's name
-            assert 's000-e000000-p000-0008.npz' in str(error)
+            assert "s000-e000000-p000-0008.npz" in str(error)
         else:
-            assert (len(replay), replay.stats()['corrupt']) in ((8, 0), (0, 1))
+            assert (len(replay), replay.stats()["corrupt"]) in ((8, 0), (0, 1))
 
 
 def test_files_that_do_not_fit_are_named(tmp_path):
     fill(make(tmp_path), [5])
-    other = {'code': SPACES['code'], 'depth': SPACES['code']}
+    other = {"code": SPACES["code"], "depth": SPACES["code"]}
     text = r"p000-0005.npz lacks depth. Found the keys \['action', 'code'.*expected \['action', 'code', 'depth'"
     with pytest.raises(ReplayError, match=text):
         Replay(tmp_path, other, 2, capacity=100, length=4, streams=1, seed=0)
-    with pytest.raises(ReplayError, match=r'p000-0005.npz: found shape \(5, 3\), expected \(5, 7\)'):
-        Replay(tmp_path, {'code': spaces.Box(0, 1, (7,))}, 2, capacity=100, length=4, streams=1, seed=0)
-    with pytest.raises(ReplayError, match=r'action from .*p000-0005.npz: found shape \(5, 2\), expected \(5, 3\)'):
+    with pytest.raises(ReplayError, match=r"p000-0005.npz: found shape \(5, 3\), expected \(5, 7\)"):
+        Replay(tmp_path, {"code": spaces.Box(0, 1, (7,))}, 2, capacity=100, length=4, streams=1, seed=0)
+    with pytest.raises(ReplayError, match=r"action from .*p000-0005.npz: found shape \(5, 2\), expected \(5, 3\)"):
         Replay(tmp_path, SPACES, 3, capacity=100, length=4, streams=1, seed=0)
-    fewer = Replay(tmp_path, {'code': SPACES['code']}, 2, capacity=100, length=4, streams=1, seed=0)
-    assert len(fewer) == 5 and fewer.stats()['corrupt'] == 0
+    fewer = Replay(tmp_path, {"code": SPACES["code"]}, 2, capacity=100, length=4, streams=1, seed=0)
+    assert len(fewer) == 5 and fewer.stats()["corrupt"] == 0
 
 
 def test_full_disk_is_told_and_retried(tmp_path, monkeypatch):
@@ -539,33 +558,33 @@ def test_full_disk_is_told_and_retried(tmp_path, monkeypatch):
 
     def fsync(handle):
         if full:
-            raise OSError(errno.ENOSPC, 'No space left on device')
+            raise OSError(errno.ENOSPC, "No space left on device")
         sync(handle)
 
-    monkeypatch.setattr(module.os, 'fsync', fsync)
+    monkeypatch.setattr(module.os, "fsync", fsync)
     for t in range(4):
         replay.add(0, step(0, 0, t, False))
-    text = rf'{re.escape(str(tmp_path))}: the disk is full \(0.00 MiB needed, .*Free some space'
+    text = rf"{re.escape(str(tmp_path))}: the disk is full \(0.00 MiB needed, .*Free some space"
     for _ in range(2):
         with pytest.raises(StorageError, match=text):
             replay.flush()
     with pytest.raises(StorageError):
         replay.add(0, step(0, 0, 4, True))
-    assert len(replay) == 5 and names(tmp_path) == [] and replay.stats()['unwritten_pieces'] == 1
+    assert len(replay) == 5 and names(tmp_path) == [] and replay.stats()["unwritten_pieces"] == 1
     full = False
     fill(replay, [3], first=1)
-    assert names(tmp_path) == ['s000-e000000-p000-0005.npz', 's000-e000001-p000-0003.npz']
-    assert contents(make(tmp_path))['code'][:, 2].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert names(tmp_path) == ["s000-e000000-p000-0005.npz", "s000-e000001-p000-0003.npz"]
+    assert contents(make(tmp_path))["code"][:, 2].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
 
 
 def test_full_disk_never_costs_steps(tmp_path, monkeypatch):
     replay = make(tmp_path, capacity=100, streams=1)
 
     def fsync(handle):
-        raise OSError(errno.ENOSPC, 'No space left on device')
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.os, 'fsync', fsync)
+        patch.setattr(module.os, "fsync", fsync)
         for t in range(300):  # a caller who does not give up: the memory holds more than it should
             try:
                 replay.add(0, step(0, 0, t, False))
@@ -574,10 +593,10 @@ def test_full_disk_never_costs_steps(tmp_path, monkeypatch):
     assert len(replay) == 300
     replay.add(0, step(0, 0, 300, True))
     assert len(replay) <= 100
-    assert contents(make(tmp_path, capacity=1000))['code'][:, 2].tolist() == list(range(301))
+    assert contents(make(tmp_path, capacity=1000))["code"][:, 2].tolist() == list(range(301))
 
 
-FULL_DISK = '''
+FULL_DISK = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_replay as t
@@ -591,22 +610,22 @@ except t.StorageError as error:
     assert not any(name.endswith('.tmp') for name in files)
     assert len(t.make({folder!r})) == 200 * len(files) == count - 200, (count, files)
     print('consistent')
-'''
+"""
 
 
 def test_full_disk_for_real(tmp_path):
-    code = FULL_DISK.format(root=str(ROOT), tests=str(ROOT / 'tests'), folder=str(tmp_path))
+    code = FULL_DISK.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path))
     mount = f'mount -t tmpfs -o size=128k none {tmp_path} && exec {sys.executable} -c "$0"'
-    command = ['unshare', '--mount', '--map-root-user', 'sh', '-c', mount, code]
-    if not shutil.which('unshare'):
-        pytest.skip('unshare is not installed')
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", mount, code]
+    if not shutil.which("unshare"):
+        pytest.skip("unshare is not installed")
     done = subprocess.run(command, capture_output=True, text=True)
-    if 'unshare' in done.stderr or 'mount:' in done.stderr:
-        pytest.skip('no small file system can be mounted here')
-    assert 'the disk is full' in done.stdout and 'consistent' in done.stdout, done.stderr
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip("no small file system can be mounted here")
+    assert "the disk is full" in done.stdout and "consistent" in done.stdout, done.stderr
 
 
-WRITER = '''
+WRITER = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_replay as t
@@ -627,38 +646,38 @@ while True:
     count += 1
     if count % 7 == 0:
         replay.flush()
-'''
+"""
 
 
 def test_kill_at_random_moments_loses_and_doubles_nothing(tmp_path):
-    folder = tmp_path / 'eps'
+    folder = tmp_path / "eps"
     folder.mkdir()
-    code = WRITER.format(root=str(ROOT), tests=str(ROOT / 'tests'), folder=str(folder))
+    code = WRITER.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder))
     rng = np.random.default_rng(0)
     promised: set[tuple] = set()
     for _ in range(5):
-        with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout.readline() == 'ready\n'
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "ready\n"
             lines = [process.stdout.readline().strip() for _ in range(rng.integers(4, 9))]
             time.sleep(rng.uniform(0, 0.05))
             process.send_signal(signal.SIGKILL)
-            lines += process.stdout.read().split('\n')[:-1]  # without what the kill cut
+            lines += process.stdout.read().split("\n")[:-1]  # without what the kill cut
         promised |= {tuple(map(int, line.split())) for line in lines}
         replay = make(folder, capacity=1_000_000, piece=16)
-        assert replay.stats()['corrupt'] == 0 and replay.stats()['gaps'] == 0
-        assert not any(name.endswith('.tmp') for name in names(folder))
+        assert replay.stats()["corrupt"] == 0 and replay.stats()["gaps"] == 0
+        assert not any(name.endswith(".tmp") for name in names(folder))
         stored, entries, firsts = set(), 0, 0
         for stream in (0, 1):
             held = contents(replay, stream)
-            code_held = held['code'].astype(int)
+            code_held = held["code"].astype(int)
             assert (code_held[:, 0] == stream).all()
-            assert np.array_equal(held['is_first'], code_held[:, 2] == 0)
+            assert np.array_equal(held["is_first"], code_held[:, 2] == 0)
             assert np.array_equal(np.unique(code_held[:, 1]), np.arange(code_held[-1, 1] + 1))  # no episode is missing
             follows = (code_held[1:, 2] == code_held[:-1, 2] + 1) & (code_held[1:, 1] == code_held[:-1, 1])
             begins = (code_held[1:, 2] == 0) & (code_held[1:, 1] == code_held[:-1, 1] + 1)
-            assert (follows ^ begins).all() and np.array_equal(held['is_last'][:-1], begins)
+            assert (follows ^ begins).all() and np.array_equal(held["is_last"][:-1], begins)
             stored |= {tuple(row) for row in code_held.tolist()}
-            entries, firsts = entries + len(code_held), firsts + held['is_first'].sum()
+            entries, firsts = entries + len(code_held), firsts + held["is_first"].sum()
         assert len(stored) == entries == len(replay) and replay.steps == entries - firsts
         assert all((stream, episode, count - 1) in stored for stream, episode, count in promised)
     assert len(promised) >= 20
@@ -666,22 +685,22 @@ def test_kill_at_random_moments_loses_and_doubles_nothing(tmp_path):
 
 def test_read_only_changes_nothing(tmp_path):
     fill(make(tmp_path), [20, 20])
-    damage(tmp_path / 's000-e000001-p000-0020.npz', 'truncated')
-    (tmp_path / 's000-e000002-p000-0020.npz.tmp').write_bytes(b'x')
+    damage(tmp_path / "s000-e000001-p000-0020.npz", "truncated")
+    (tmp_path / "s000-e000002-p000-0020.npz.tmp").write_bytes(b"x")
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
     replay = Replay.offline(tmp_path, SPACES, 2, capacity=1000, length=8, seed=0, latent=LATENT)
     replay.flush()
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
-    assert not (tmp_path / 'corrupt').exists()
-    assert len(replay) == 20 and replay.stats()['corrupt'] == 1
+    assert not (tmp_path / "corrupt").exists()
+    assert len(replay) == 20 and replay.stats()["corrupt"] == 1
     check_window(replay.sample(2), 1, [20])
-    with pytest.raises(ReplayError, match='read only'):
+    with pytest.raises(ReplayError, match="read only"):
         replay.add(0, step(0, 0, 0, False))
-    with pytest.raises(ReplayError, match='not a directory'):
-        Replay.offline(tmp_path / 'none', SPACES, 2, capacity=1000, length=8, seed=0)
-    (tmp_path / 'none').mkdir()
-    with pytest.raises(ReplayError, match='no usable'):
-        Replay.offline(tmp_path / 'none', SPACES, 2, capacity=1000, length=8, seed=0)
+    with pytest.raises(ReplayError, match="not a directory"):
+        Replay.offline(tmp_path / "none", SPACES, 2, capacity=1000, length=8, seed=0)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ReplayError, match="no usable"):
+        Replay.offline(tmp_path / "none", SPACES, 2, capacity=1000, length=8, seed=0)
 
 
 # Episodes of older ports
@@ -690,27 +709,32 @@ def test_read_only_changes_nothing(tmp_path):
 def older_episode(folder: Path, name: str, count: int, episode: int = 0, **changes) -> None:
     """As those ports write it: the action of a row led to it."""
     t = np.arange(count)
-    arrays = {'code': np.stack([t * 0, t * 0 + episode, t], 1).astype(np.float32),
-              'image': np.broadcast_to(t[:, None, None, None], (count, 4, 4, 3)).astype(np.uint8),
-              'action': np.stack([t, np.where(t > 0, episode + 1, 0)], 1).astype(np.float32),
-              'reward': t.astype(np.float32), 'discount': np.where(t == count - 1, 0, 1).astype(np.float32),
-              'is_first': t == 0, 'is_terminal': t == count - 1, 'logprob': t.astype(np.float32)} | changes
+    arrays = {
+        "code": np.stack([t * 0, t * 0 + episode, t], 1).astype(np.float32),
+        "image": np.broadcast_to(t[:, None, None, None], (count, 4, 4, 3)).astype(np.uint8),
+        "action": np.stack([t, np.where(t > 0, episode + 1, 0)], 1).astype(np.float32),
+        "reward": t.astype(np.float32),
+        "discount": np.where(t == count - 1, 0, 1).astype(np.float32),
+        "is_first": t == 0,
+        "is_terminal": t == count - 1,
+        "logprob": t.astype(np.float32),
+    } | changes
     np.savez_compressed(folder / name, **{key: value for key, value in arrays.items() if value is not None})
 
 
 def test_older_episodes_load_with_shifted_actions(tmp_path, caplog):
-    caplog.set_level('INFO', logger='replay')
-    older_episode(tmp_path, '20230101T000000-abcdef-11.npz', 12, 0)
-    older_episode(tmp_path, '20230101T000100-abcdef-20.npz', 20, 1, is_terminal=None, is_first=None)
+    caplog.set_level("INFO", logger="replay")
+    older_episode(tmp_path, "20230101T000000-abcdef-11.npz", 12, 0)
+    older_episode(tmp_path, "20230101T000100-abcdef-20.npz", 20, 1, is_terminal=None, is_first=None)
     before = names(tmp_path)
     replay = make(tmp_path)
-    assert replay.steps == 32 - 2 and len(replay) == 32 and replay.stats()['episodes'] == 2
+    assert replay.steps == 32 - 2 and len(replay) == 32 and replay.stats()["episodes"] == 2
     for _ in range(20):
         batch = replay.sample(2)
         check_window(batch, 0, [12, 20])
     held = contents(replay, module.OLDER)
-    assert np.flatnonzero(held['is_terminal']).tolist() == [11, 31] == np.flatnonzero(held['is_last']).tolist()
-    assert sum('logprob' in record.message for record in caplog.records) == 1
+    assert np.flatnonzero(held["is_terminal"]).tolist() == [11, 31] == np.flatnonzero(held["is_last"]).tolist()
+    assert sum("logprob" in record.message for record in caplog.records) == 1
     fill(replay, [6])  # new data stands beside it
     again = make(tmp_path)
     assert len(again) == 38 and again.steps == 30 + 5 and set(before) < set(names(tmp_path))
@@ -720,55 +744,55 @@ def test_older_episodes_load_with_shifted_actions(tmp_path, caplog):
 
 def test_older_actions_are_taken_as_they_are_where_they_do_not_lead(tmp_path):
     chosen = np.stack([np.arange(1, 9)] * 2, 1).astype(np.float32)
-    older_episode(tmp_path, 'a.npz', 8, action=chosen)
-    older_episode(tmp_path, 'b.npz', 8, action=np.zeros((8, 2), np.float32))
-    older_episode(tmp_path, 'c.npz', 8, is_last=np.arange(8) == 7)
-    held = contents(make(tmp_path), module.OLDER)['action']
+    older_episode(tmp_path, "a.npz", 8, action=chosen)
+    older_episode(tmp_path, "b.npz", 8, action=np.zeros((8, 2), np.float32))
+    older_episode(tmp_path, "c.npz", 8, is_last=np.arange(8) == 7)
+    held = contents(make(tmp_path), module.OLDER)["action"]
     assert np.array_equal(held[:7], chosen[:7]) and not held[7].any() and not held[8:16].any()
     assert held[16:23, 0].tolist() == list(range(7))
 
 
 def test_older_index_actions_become_one_hot(tmp_path):
     index = np.array([0, 2, 1, 2, 0, 1], np.int64)  # the first stands for none
-    older_episode(tmp_path, 'a.npz', 6, action=index)
+    older_episode(tmp_path, "a.npz", 6, action=index)
     replay = Replay(tmp_path, SPACES, 3, capacity=100, length=4, streams=1, seed=0)
-    held = contents(replay, module.OLDER)['action']
+    held = contents(replay, module.OLDER)["action"]
     assert np.array_equal(held, np.concatenate([np.eye(3)[index[1:]], np.zeros((1, 3))]))
 
 
 def test_older_damage_and_missing_keys(tmp_path):
-    older_episode(tmp_path, 'a-10.npz', 10)
-    older_episode(tmp_path, 'b-10.npz', 10, reward=np.full(10, np.nan, np.float32))
-    (tmp_path / 'c-10.npz').write_bytes((tmp_path / 'a-10.npz').read_bytes()[:-100])
+    older_episode(tmp_path, "a-10.npz", 10)
+    older_episode(tmp_path, "b-10.npz", 10, reward=np.full(10, np.nan, np.float32))
+    (tmp_path / "c-10.npz").write_bytes((tmp_path / "a-10.npz").read_bytes()[:-100])
     replay = make(tmp_path)
-    assert len(replay) == 10 and replay.steps == 9 and names(tmp_path / 'corrupt') == ['b-10.npz', 'c-10.npz']
-    older_episode(tmp_path, 'd-10.npz', 10, image=None)
-    with pytest.raises(ReplayError, match=r'd-10.npz lacks image. Found the keys \[.*expected'):
+    assert len(replay) == 10 and replay.steps == 9 and names(tmp_path / "corrupt") == ["b-10.npz", "c-10.npz"]
+    older_episode(tmp_path, "d-10.npz", 10, image=None)
+    with pytest.raises(ReplayError, match=r"d-10.npz lacks image. Found the keys \[.*expected"):
         make(tmp_path)
-    os.remove(tmp_path / 'd-10.npz')
-    np.savez(tmp_path / 'weights.npz', w=np.zeros(3))
-    with pytest.raises(ReplayError, match='weights.npz has no reward'):
+    os.remove(tmp_path / "d-10.npz")
+    np.savez(tmp_path / "weights.npz", w=np.zeros(3))
+    with pytest.raises(ReplayError, match="weights.npz has no reward"):
         make(tmp_path)
 
 
 def test_infer_spaces(tmp_path):
     fill(make(tmp_path), [5, 6])
     obs, act = infer_spaces(tmp_path)
-    assert set(obs) == {'code', 'image'} and obs['image'] == spaces.Box(0, 255, (4, 4, 3), np.uint8)
-    assert obs['code'].dtype == np.float32 and obs['code'].shape == (3,) and act == spaces.Box(-1, 1, (2,), np.float32)
+    assert set(obs) == {"code", "image"} and obs["image"] == spaces.Box(0, 255, (4, 4, 3), np.uint8)
+    assert obs["code"].dtype == np.float32 and obs["code"].shape == (3,) and act == spaces.Box(-1, 1, (2,), np.float32)
     Replay.offline(tmp_path, obs, 2, capacity=100, length=4, seed=0)
-    folder = tmp_path / 'discrete'
+    folder = tmp_path / "discrete"
     folder.mkdir()
-    older_episode(folder, 'a.npz', 4, action=np.eye(3, dtype=np.float32)[[0, 1, 1, 2]] * [[0], [1], [1], [1]])
+    older_episode(folder, "a.npz", 4, action=np.eye(3, dtype=np.float32)[[0, 1, 1, 2]] * [[0], [1], [1], [1]])
     assert infer_spaces(folder)[1] == spaces.Discrete(3)
-    older_episode(folder, 'b.npz', 4, action=np.full((4, 3), 0.5, np.float32))
+    older_episode(folder, "b.npz", 4, action=np.full((4, 3), 0.5, np.float32))
     assert infer_spaces(folder)[1] == spaces.Box(-1, 1, (3,), np.float32)
-    older_episode(folder, 'c.npz', 4, extra=np.zeros(4))
-    with pytest.raises(ReplayError, match='different observations'):
+    older_episode(folder, "c.npz", 4, extra=np.zeros(4))
+    with pytest.raises(ReplayError, match="different observations"):
         infer_spaces(folder)
-    (tmp_path / 'empty').mkdir()
-    with pytest.raises(ReplayError, match='no file'):
-        infer_spaces(tmp_path / 'empty')
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ReplayError, match="no file"):
+        infer_spaces(tmp_path / "empty")
 
 
 # Saving
@@ -787,7 +811,7 @@ def same(a, b) -> bool:
 
 
 def test_sampling_is_deterministic_and_resumes_bit_for_bit(tmp_path):
-    replay = make(tmp_path / 'eps', online=True)
+    replay = make(tmp_path / "eps", online=True)
     for t in range(60):
         for stream in (0, 1):
             replay.add(stream, step(stream, t // 30, t % 30, t % 30 == 29), (np.full(6, t / 100), np.full(4, t % 5)))
@@ -795,10 +819,10 @@ def test_sampling_is_deterministic_and_resumes_bit_for_bit(tmp_path):
         replay.sample(3)
     replay.flush()
     replay.forget_latents()
-    state = save_and_load(replay.state(), tmp_path / 'state.pt')
-    assert state == replay.state() and state['steps'] == replay.steps
+    state = save_and_load(replay.state(), tmp_path / "state.pt")
+    assert state == replay.state() and state["steps"] == replay.steps
     json.dumps(state)
-    again = make(tmp_path / 'eps', online=True, seed=5)
+    again = make(tmp_path / "eps", online=True, seed=5)
     again.load_state(state)
     assert again.state() == state
     assert same(replay.sample(20), again.sample(20)) and not same(replay.sample(20), replay.sample(20))
@@ -812,7 +836,7 @@ def test_offline_resume_is_bit_identical_with_latents(tmp_path):
         for _ in range(updates):
             batch = replay.sample(4)
             seen.append(batch)
-            latent = np.cumsum(batch['code'][..., :1] / 50, 1) + batch.context['deter'][:, None, :1]
+            latent = np.cumsum(batch["code"][..., :1] / 50, 1) + batch.context["deter"][:, None, :1]
             replay.write_latents(batch.where, np.tanh(np.repeat(latent, 6, -1)), np.zeros((4, 8, 4), int))
         return seen
 
@@ -826,24 +850,24 @@ def test_offline_resume_is_bit_identical_with_latents(tmp_path):
     resumed = offline(1)
     resumed.load_state(state)
     first, second = train(whole, 10), train(resumed, 10)
-    assert all(same(a, b) for a, b in zip(first, second, strict=True)) and first[-1].context['valid'].any()
+    assert all(same(a, b) for a, b in zip(first, second, strict=True)) and first[-1].context["valid"].any()
 
 
 def test_state_meets_longer_and_shorter_data(tmp_path):
     replay = make(tmp_path, online=True, piece=16, streams=1)
     fill(replay, [16, 16])
     state = replay.state()
-    assert state['queue'] == [[0, 0], [0, 8], [0, 16]]
+    assert state["queue"] == [[0, 0], [0, 8], [0, 16]]
     fill(replay, [16], first=2)  # after the checkpoint
     longer = make(tmp_path, online=True, piece=16, streams=1)
     longer.load_state(state)
     assert list(longer._queue) == [(0, 0), (0, 8), (0, 16), (0, 24), (0, 32)] and longer.steps == 45
-    assert longer.stats()['online_dropped'] == 0
+    assert longer.stats()["online_dropped"] == 0
     for name in names(tmp_path)[1:]:
         os.remove(tmp_path / name)
     shorter = make(tmp_path, online=True, piece=16, streams=1)
     shorter.load_state(state)
-    assert list(shorter._queue) == [(0, 0)] and shorter.stats()['online_dropped'] == 2 and shorter.steps == 15
+    assert list(shorter._queue) == [(0, 0)] and shorter.stats()["online_dropped"] == 2 and shorter.steps == 15
     fill(shorter, [20], first=1)  # goes on with what is new
     assert list(shorter._queue) == [(0, 0), (0, 15), (0, 23)]
     for batch in (shorter.sample(1) for _ in range(3)):
@@ -852,8 +876,8 @@ def test_state_meets_longer_and_shorter_data(tmp_path):
     assert not started._queue
     fill(started, [9], first=2)
     assert list(started._queue) == [(0, 35)]
-    with pytest.raises(ReplayError, match='version 7'):
-        shorter.load_state(state | {'version': 7})
+    with pytest.raises(ReplayError, match="version 7"):
+        shorter.load_state(state | {"version": 7})
 
 
 def test_generators_are_not_global():
@@ -869,31 +893,37 @@ def test_generators_are_not_global():
 
 
 def test_sample_episodes():
-    episodes = {str(e): {'code': np.stack([np.full(n, e), np.arange(n)], 1), 'is_first': np.arange(n) == 0,
-                         'log_x': np.zeros(n)} for e, n in enumerate([3, 40, 10])}
+    episodes = {
+        str(e): {
+            "code": np.stack([np.full(n, e), np.arange(n)], 1),
+            "is_first": np.arange(n) == 0,
+            "log_x": np.zeros(n),
+        }
+        for e, n in enumerate([3, 40, 10])
+    }
     counts = np.zeros(53)
     generator = sample_episodes(episodes, 12, seed=1)
     for window in itertools.islice(generator, 4000):
-        assert set(window) == {'code', 'is_first'} and len(window['code']) == 12 and window['is_first'][0]
-        code, is_first = window['code'], window['is_first']
+        assert set(window) == {"code", "is_first"} and len(window["code"]) == 12 and window["is_first"][0]
+        code, is_first = window["code"], window["is_first"]
         for (episode, t), (after, then), first in zip(code[:-1], code[1:], is_first[1:], strict=True):
             ends = t == [3, 40, 10][episode] - 1
             assert first == ends and (then == 0 if ends else (after, then) == (episode, t + 1))
-        episode, t = window['code'][0]
+        episode, t = window["code"][0]
         counts[[0, 3, 43][episode] + t] += 1
     chi = ((counts - 4000 / 53) ** 2 / (4000 / 53)).sum()
     assert abs(chi - 52) < 4.5 * np.sqrt(104)
-    assert not episodes['1']['is_first'][1:].any()  # the given arrays are left alone
+    assert not episodes["1"]["is_first"][1:].any()  # the given arrays are left alone
     again = next(sample_episodes(episodes, 12, seed=1))
-    assert np.array_equal(again['code'], next(sample_episodes(episodes, 12, seed=1))['code'])
-    with pytest.raises(ReplayError, match='no steps'):
+    assert np.array_equal(again["code"], next(sample_episodes(episodes, 12, seed=1))["code"])
+    with pytest.raises(ReplayError, match="no steps"):
         next(sample_episodes({}, 4))
 
 
 def test_no_torch_is_needed():
-    code = textwrap.dedent('''
+    code = textwrap.dedent("""
         import sys
         import replay
         assert 'torch' not in sys.modules and 'gymnasium' not in sys.modules
-    ''')
-    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
+    """)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -48,8 +48,9 @@ def restore_logging():
 def python(code: str, *args, **options) -> subprocess.Popen:
     """A Python process in the repository's root; its output is text."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | options.pop("env", {})
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, args)], cwd=ROOT, text=True,
-                            env=environment, **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)], cwd=ROOT, text=True, env=environment, **options
+    )
 
 
 def read_events(logdir) -> EventAccumulator:
@@ -63,7 +64,7 @@ def lines_of(logdir) -> list[dict]:
 def moving_square(count=12, size=32) -> np.ndarray:
     frames = np.full((count, size, size, 3), 30, np.uint8)
     for t in range(count):
-        frames[t, 4:12, 2 * t:2 * t + 8] = (250, 40, 10 * t)
+        frames[t, 4:12, 2 * t : 2 * t + 8] = (250, 40, 10 * t)
     return frames
 
 
@@ -72,7 +73,7 @@ def moving_square(count=12, size=32) -> np.ndarray:
 
 def test_console_lines_are_exact_and_the_file_has_times(tmp_path, capsys):
     tools.setup_logging("info", tmp_path)
-    tools.setup_logging("info", tmp_path)   # again: no double lines
+    tools.setup_logging("info", tmp_path)  # again: no double lines
     text = "Step 1000: {'a': [red]1.5, 'long': '" + "x" * 300 + "'} :smile:"
     logging.info(text)
     logging.debug("not shown")
@@ -111,7 +112,8 @@ def test_scalars_reach_every_output(tmp_path, capsys):
         returned = logger.write(1000)
     assert returned["world/recon_loss"] == pytest.approx(0.123456)
     assert capsys.readouterr().out == (
-        "INFO - Step 1000: {'episode/return': 150.5, 'episode/length': 200, 'world/recon_loss': 0.1235}\n")
+        "INFO - Step 1000: {'episode/return': 150.5, 'episode/length': 200, 'world/recon_loss': 0.1235}\n"
+    )
     [entry] = lines_of(tmp_path)
     assert list(entry)[0] == "step" and entry == {"step": 1000} | returned
     events = read_events(tmp_path)
@@ -124,7 +126,7 @@ def test_scalars_are_averaged_between_writes_and_then_gone(tmp_path):
     with tools.Logger(tmp_path, tensorboard=False) as logger:
         value = torch.tensor(1.0)
         logger.scalar("a", value)
-        value += 10   # as a graph that overwrites its outputs does
+        value += 10  # as a graph that overwrites its outputs does
         logger.scalar("a", 3)
         assert logger.write(10) == {"a": 2}
         assert logger.write(20) == {}
@@ -274,13 +276,13 @@ def test_mp4_reads_back(tmp_path, shape):
     video = np.broadcast_to(np.linspace(0, 250, 9).astype(np.uint8)[:, None, None, None], shape)
     path = tools.save_mp4(tmp_path / "sub" / "video.mp4", video, fps=15)
     with imageio.get_reader(path) as reader:
-        frames = np.stack([frame for frame in reader])   # list() asks for a length, which is inf
+        frames = np.stack([frame for frame in reader])  # list() asks for a length, which is inf
         assert reader.get_meta_data()["fps"] == 15
     assert len(frames) == 9
     height, width = frames.shape[1:3]
     columns = shape[-2] * (shape[0] if len(shape) == 5 else 1)
     assert height % 2 == width % 2 == 0 and max(height, width) >= 256
-    assert height // shape[-3] == width // columns   # enlarged by one whole factor
+    assert height // shape[-3] == width // columns  # enlarged by one whole factor
     assert np.abs(frames.mean((1, 2, 3)) - np.linspace(0, 250, 9)).max() < 6
     assert [file.name for file in path.parent.iterdir()] == ["video.mp4"]
 
@@ -289,7 +291,7 @@ def test_mp4_that_cannot_be_written_is_a_clear_error(tmp_path):
     (tmp_path / "videos").write_text("in the way")
     with pytest.raises(UserError, match="Could not write .*v.mp4"):
         tools.save_mp4(tmp_path / "videos" / "v.mp4", moving_square(), 10)
-    with tools.Logger(tmp_path) as logger:   # and no reason to end a run
+    with tools.Logger(tmp_path) as logger:  # and no reason to end a run
         logger.video("v", moving_square())
         logger.write(1)
 
@@ -297,7 +299,7 @@ def test_mp4_that_cannot_be_written_is_a_clear_error(tmp_path):
 def test_mp4_that_the_disk_cuts_short_is_not_kept(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (10, 128, 128, 3), np.uint8)
     earlier = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, earlier[1]))   # also of the encoder, a process of its own
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, earlier[1]))  # also of the encoder, a process of its own
     try:
         with pytest.raises(UserError, match="Could not write .*v.mp4: "):
             tools.save_mp4(tmp_path / "v.mp4", noise, 20)
@@ -322,8 +324,13 @@ def test_wandb_offline(tmp_path):
                 logger.text("text", "<hello>")
                 logger.write(step)
     """
-    process = python(code, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                     env={"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path)})
+    process = python(
+        code,
+        tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path)},
+    )
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     identity = (tmp_path / "wandb_id.txt").read_text()
@@ -345,7 +352,7 @@ def test_every_fires_once_per_crossing():
     every = tools.Every(100)
     fired = [step for step in range(0, 1010, 16) if every(step)]
     assert len(fired) == 10 and all(step % 100 < 16 for step in fired)
-    assert every(5000) and not every(5001)          # several multiples at once: one time
+    assert every(5000) and not every(5001)  # several multiples at once: one time
     resumed = tools.Every(100, start=fired[3])
     assert [step for step in range(fired[3], 1010, 16) if resumed(step)] == fired[4:]
     assert not any(tools.Every(0)(step) for step in range(1000))
@@ -371,7 +378,8 @@ def test_metrics_average_what_was_given():
     metrics.add({"a": torch.tensor(2.0, dtype=torch.bfloat16)})
     metrics.add({"a": torch.tensor(math.nan), "c": torch.tensor(math.inf), "b": True})
     assert metrics.result() == pytest.approx(
-        {"a": 1.5, "a_nonfinite": 1, "b": 1.5, "c": math.nan, "c_nonfinite": 1}, nan_ok=True)
+        {"a": 1.5, "a_nonfinite": 1, "b": 1.5, "c": math.nan, "c_nonfinite": 1}, nan_ok=True
+    )
     assert metrics.result() == {}
 
 
@@ -427,7 +435,7 @@ def test_progress_on_a_terminal_keeps_log_lines_whole():
     process = python(code, stdout=side, stderr=side, env={"TERM": "xterm", "COLUMNS": "80"})
     os.close(side)
     data = b""
-    with contextlib.suppress(OSError):   # how Linux says that the other side is closed
+    with contextlib.suppress(OSError):  # how Linux says that the other side is closed
         while part := os.read(main, 65536):
             data += part
     os.close(main)
@@ -486,14 +494,37 @@ def test_progress_is_cheap():
         logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize("number, text", [(0, "0"), (950, "950"), (999.7, "1k"), (12345, "12.3k"), (999_600, "1M"),
-                                          (4_000_000, "4M"), (1.25e9, "1.25B"), (0.5, "0.5")])
+@pytest.mark.parametrize(
+    "number, text",
+    [
+        (0, "0"),
+        (950, "950"),
+        (999.7, "1k"),
+        (12345, "12.3k"),
+        (999_600, "1M"),
+        (4_000_000, "4M"),
+        (1.25e9, "1.25B"),
+        (0.5, "0.5"),
+    ],
+)
 def test_human(number, text):
     assert tools.human(number) == text
 
 
-@pytest.mark.parametrize("seconds, text", [(0, "0s"), (45.4, "45s"), (200, "3m 20s"), (4320, "1h 12m"), (3600, "1h"),
-                                           (183600, "2d 3h"), (86405, "1d"), (math.inf, "?"), (math.nan, "?")])
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "0s"),
+        (45.4, "45s"),
+        (200, "3m 20s"),
+        (4320, "1h 12m"),
+        (3600, "1h"),
+        (183600, "2d 3h"),
+        (86405, "1d"),
+        (math.inf, "?"),
+        (math.nan, "?"),
+    ],
+)
 def test_format_duration(seconds, text):
     assert tools.format_duration(seconds) == text
 
@@ -502,9 +533,16 @@ def test_format_duration(seconds, text):
 
 
 def example(value=0) -> dict:
-    return {"version": 1, "step": value, "weights": {"w": torch.full((3, 4), float(value)), "b": torch.zeros(2)},
-            "rng": [tools.generator_state(np.random.default_rng(value)), torch.Generator().get_state()],
-            "nothing": None, "ratio": 0.5, "pair": (1, "a"), "half": torch.ones(2, dtype=torch.bfloat16)}
+    return {
+        "version": 1,
+        "step": value,
+        "weights": {"w": torch.full((3, 4), float(value)), "b": torch.zeros(2)},
+        "rng": [tools.generator_state(np.random.default_rng(value)), torch.Generator().get_state()],
+        "nothing": None,
+        "ratio": 0.5,
+        "pair": (1, "a"),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+    }
 
 
 def test_checkpoint_reads_back(tmp_path):
@@ -516,8 +554,9 @@ def test_checkpoint_reads_back(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["latest.pt"]
 
 
-@pytest.mark.parametrize("value, name", [(np.float64(1), "float64"), (np.zeros(2), "ndarray"), (Path("a"), "Path"),
-                                         ({1, 2}, "set")])
+@pytest.mark.parametrize(
+    "value, name", [(np.float64(1), "float64"), (np.zeros(2), "ndarray"), (Path("a"), "Path"), ({1, 2}, "set")]
+)
 def test_what_could_not_be_loaded_is_not_saved(tmp_path, value, name):
     with pytest.raises(TypeError, match=f"entry opt/0/x is a .*{name}"):
         tools.save_checkpoint(tmp_path / "latest.pt", {"opt": [{"x": value}]})
@@ -549,9 +588,9 @@ def test_kill_9_during_saves_leaves_a_whole_file(tmp_path):
         while (line := process.stdout.readline()) != "killed\n":
             reported = int(line.split()[1])
         content = tools.load_checkpoint(path)
-        assert content["step"] in (reported, reported + 1)   # what was reported is there
+        assert content["step"] in (reported, reported + 1)  # what was reported is there
         assert (content["w"] == content["step"]).all()
-        assert len(list(tmp_path.iterdir())) <= 2            # at most one leftover, which the next save overwrites
+        assert len(list(tmp_path.iterdir())) <= 2  # at most one leftover, which the next save overwrites
         steps.append(content["step"])
     process.communicate()
     assert max(steps) > 3
@@ -562,9 +601,12 @@ def test_kill_9_during_saves_leaves_a_whole_file(tmp_path):
 def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path):
     path = tmp_path / "latest.pt"
     tools.save_checkpoint(path, example(1))
-    (tmp_path / ".latest.pt.tmp").symlink_to("/dev/full")   # the real error of a full disk
-    with pytest.raises(UserError, match=r"latest.pt: No space left on device \(7.6 MiB needed, .* MiB free\). "
-                                        r"The earlier file is intact. Free some space"):
+    (tmp_path / ".latest.pt.tmp").symlink_to("/dev/full")  # the real error of a full disk
+    with pytest.raises(
+        UserError,
+        match=r"latest.pt: No space left on device \(7.6 MiB needed, .* MiB free\). "
+        r"The earlier file is intact. Free some space",
+    ):
         tools.save_checkpoint(path, {"w": torch.zeros(2_000_000), "again": torch.zeros(2)})
     assert tools.load_checkpoint(path)["step"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["latest.pt"]
@@ -576,6 +618,7 @@ def test_a_disk_that_fills_at_the_sync_keeps_the_earlier_checkpoint(tmp_path, mo
 
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="The earlier file is intact"):
         tools.save_checkpoint(path, example(2))
@@ -587,8 +630,8 @@ def test_damaged_checkpoints_are_one_line(tmp_path):
     tools.save_checkpoint(path, example(1))
     whole = path.read_bytes()
     flipped = bytearray(whole)
-    flipped[whole.index(np.ones((3, 4), np.float32).tobytes())] ^= 1   # one bit of a weight
-    for damaged in (b"", b"hello", whole[:len(whole) // 2], whole[:-30], bytes(flipped)):
+    flipped[whole.index(np.ones((3, 4), np.float32).tobytes())] ^= 1  # one bit of a weight
+    for damaged in (b"", b"hello", whole[: len(whole) // 2], whole[:-30], bytes(flipped)):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="latest.pt: damaged, truncated or not a checkpoint") as found:
             tools.load_checkpoint(path)
@@ -649,6 +692,7 @@ def test_seed_everything():
     def draw():
         tools.seed_everything(2**40 + 3)
         return random.random(), np.random.rand(), torch.rand(()).item(), nn.Linear(2, 2).weight.sum().item()
+
     assert draw() == draw()
 
 
@@ -672,13 +716,14 @@ def test_set_threads():
     earlier = torch.get_num_threads()
     try:
         tools.set_threads(2)
-        tools.set_threads(0)   # leaves it
+        tools.set_threads(0)  # leaves it
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(earlier)
 
 
 # Signals
+
 
 def test_signals_ask_for_a_clean_end_and_a_second_ctrl_c_stops_at_once():
     code = """
@@ -750,13 +795,17 @@ def test_parameter_table():
     shared = nn.Linear(1000, 1000, bias=False)
     table = tools.parameter_table({"world model": nn.Sequential(shared, nn.Linear(10, 10)), "slow": shared})
     assert [line.split() for line in table.splitlines()] == [
-        ["world", "model", "1.000", "M"], ["slow", "1.000", "M"], ["total", "1.000", "M"]]
+        ["world", "model", "1.000", "M"],
+        ["slow", "1.000", "M"],
+        ["total", "1.000", "M"],
+    ]
     assert len({len(line) for line in table.splitlines()}) == 1
 
 
 def test_names_handed_on():
     import logger
     import replay
+
     assert tools.Logger is logger.Logger and tools.Replay is replay.Replay
     assert tools.sample_episodes is replay.sample_episodes
     assert all(hasattr(tools, name) for name in tools.__all__)

@@ -1,0 +1,266 @@
+"""Kinds of observation: which keys belong to which, how they go in, how they come out and are scored."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces as gs
+
+from distributions import Joint, Normal, OneHot, SquaredError
+from errors import UserError
+from modalities import image, kinds_of, select, vector
+
+IMAGE = gs.Box(0, 255, (16, 16, 3), np.uint8)
+POSE = gs.Box(-np.inf, np.inf, (3,), np.float32)
+SPACES = {"image": IMAGE, "pose": POSE, "lives": gs.Discrete(4), "ram": gs.Box(0, 255, (8,), np.uint8)}
+CNN = {"depth": 2, "mults": [1, 2], "kernel": 5}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def frames(*lead: int, shape=(16, 16, 3)) -> torch.Tensor:
+    return torch.randint(0, 256, (*lead, *shape), dtype=torch.uint8)
+
+
+# Choosing keys
+
+
+def test_kinds():
+    assert kinds_of(IMAGE) == ["image"]
+    for space in (
+        POSE,
+        gs.Discrete(3),
+        gs.MultiDiscrete([2, 3]),
+        gs.Box(0, 1, (2, 2)),
+        gs.Box(0, 1, (16, 16, 3), np.float32),
+    ):
+        assert kinds_of(space) == ["vector"]
+    assert kinds_of(gs.Text(5)) == []
+
+
+def test_select_sorts_keys_into_kinds():
+    chosen = select(SPACES, {"mlp_keys": ".*", "cnn_keys": ".*"}, "encoder")
+    assert {kind: list(keys) for kind, keys in chosen.items()} == {
+        "vector": ["lives", "pose", "ram"],
+        "image": ["image"],
+    }
+    chosen = select(SPACES, {"mlp_keys": "pose|lives", "cnn_keys": "$^"}, "encoder")
+    assert {kind: list(keys) for kind, keys in chosen.items()} == {"vector": ["lives", "pose"]}
+    # A pattern matches the whole key.
+    assert list(select(SPACES | {"pose2": POSE}, {"mlp_keys": "pose", "cnn_keys": ""}, "encoder")["vector"]) == ["pose"]
+    # `.*` may find nothing, as long as something else is there.
+    assert list(select({"pose": POSE}, {"mlp_keys": ".*", "cnn_keys": ".*"}, "encoder")) == ["vector"]
+
+
+@pytest.mark.parametrize("patterns", [{"mlp_keys": "psoe", "cnn_keys": ".*"}, {"mlp_keys": ".*", "cnn_keys": "img"}])
+@pytest.mark.parametrize("where", ["encoder", "decoder"])
+def test_pattern_that_matches_nothing_is_an_error_that_lists_the_keys(patterns, where):
+    with pytest.raises(UserError) as error:
+        select(SPACES, patterns, where)
+    option, pattern = next((k, v) for k, v in patterns.items() if v != ".*")
+    assert f"{where}.{option}" in str(error.value) and f"'{pattern}'" in str(error.value)
+    assert all(key in str(error.value) for key in SPACES)
+
+
+def test_nothing_chosen_at_all_is_an_error_that_lists_the_keys():
+    with pytest.raises(UserError, match="pose"):
+        select(SPACES, {"mlp_keys": "", "cnn_keys": "$^"}, "encoder")
+    with pytest.raises(UserError, match="speech"):
+        select({"speech": gs.Text(5)}, {"mlp_keys": ".*", "cnn_keys": ".*"}, "encoder")
+
+
+# Images
+
+
+def test_frames_are_scaled_once():
+    """uint8 0..255 goes into the first layer as -0.5..0.5 and is scored as 0..1."""
+    encoder = image.ImageEncoder({"image": IMAGE}, **CNN)
+    seen = []
+    encoder.stages[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    obs = frames(2, 5)
+    obs[0, 0, 0, 0] = torch.tensor([0, 51, 255])
+    kept = obs.clone()
+    encoder({"image": obs}, {})
+    assert seen[0].shape == (10, 3, 16, 16)
+    expected = torch.from_numpy(obs.numpy() / 255 - 0.5).float()
+    torch.testing.assert_close(seen[0].permute(0, 2, 3, 1).unflatten(0, (2, 5)), expected)
+    torch.testing.assert_close(seen[0][0, :, 0, 0], torch.tensor([-0.5, -0.3, 0.5]))
+    assert torch.equal(obs, kept), "the stored frames stay"
+    decoder = image.ImageDecoder({"image": IMAGE}, 8, 6, units=8, blocks=2, **CNN)
+    torch.testing.assert_close(decoder.target("image", obs), expected + 0.5)
+
+
+@pytest.mark.parametrize("downsample, upsample", [("pool", "nearest"), ("stride", "transposed")])
+@pytest.mark.parametrize("shape", [(16, 16, 3), (24, 40, 1), (8, 64, 4)])
+@pytest.mark.parametrize("kernel", [4, 5])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_images_of_any_size_come_out_as_they_go_in(shape, kernel, downsample, upsample):
+    spaces = {"image": gs.Box(0, 255, shape, np.uint8)}
+    options = {"depth": 2, "mults": [1, 2, 2], "kernel": kernel}
+    encoder = image.ImageEncoder(spaces, downsample=downsample, **options)
+    embed = encoder({"image": frames(2, 3, shape=shape)}, {})
+    assert embed.shape == (2, 3, encoder.out_size)
+    assert encoder.out_size == shape[0] // 8 * (shape[1] // 8) * 4
+    decoder = image.ImageDecoder(spaces, 8, 6, units=8, blocks=2, upsample=upsample, **options)
+    dist = decoder(torch.randn(2, 3, 8), torch.randn(2, 3, 6))["image"]
+    assert dist.mode().shape == (2, 3, *shape)
+    assert dist.loss(decoder.target("image", frames(2, 3, shape=shape))).shape == (2, 3)
+
+
+@pytest.mark.parametrize("size", [(60, 64), (64, 50), (3, 3), (100, 20)])
+def test_size_that_cannot_be_halved_names_one_that_can(size):
+    spaces, options = {"image": gs.Box(0, 255, (*size, 3), np.uint8)}, {"depth": 2, "mults": [1, 1, 1, 2]}
+    messages = []
+    for build in (
+        lambda: image.ImageEncoder(spaces, **options),
+        lambda: image.ImageDecoder(spaces, 8, 6, units=8, blocks=2, **options),
+    ):
+        with pytest.raises(UserError, match=rf"{size[0]}x{size[1]}.*4 times.*multiples of 16") as error:
+            build()
+        messages.append(str(error.value))
+    named = [int(n) for n in re.search(r"--image_size (\d+) (\d+)", messages[0]).groups()]
+    image.ImageEncoder({"image": gs.Box(0, 255, (*named, 3), np.uint8)}, **options)
+
+
+def test_several_images_are_stacked_and_taken_apart():
+    spaces = {"left": IMAGE, "mask": gs.Box(0, 255, (16, 16, 1), np.uint8)}
+    encoder = image.ImageEncoder(spaces, **CNN)
+    assert encoder.stages[0].conv.in_channels == 4
+    obs = {"left": frames(2), "mask": frames(2, shape=(16, 16, 1))}
+    assert encoder(obs, {}).shape == (2, encoder.out_size)
+    decoder = image.ImageDecoder(spaces, 8, 6, units=8, blocks=2, **CNN)
+    dists = decoder(torch.randn(2, 8), torch.randn(2, 6))
+    assert {key: dist.mode().shape[1:] for key, dist in dists.items()} == {"left": (16, 16, 3), "mask": (16, 16, 1)}
+    other = {"left": IMAGE, "right": gs.Box(0, 255, (16, 32, 3), np.uint8)}
+    with pytest.raises(UserError, match="left.*right.*image_size"):
+        image.ImageEncoder(other, **CNN)
+
+
+def test_absent_image_does_not_matter():
+    encoder = image.ImageEncoder({"image": IMAGE}, **CNN)
+    present = {"image": torch.tensor([True, False])}
+    one, two = frames(2), frames(2)
+    two[0] = one[0]
+    assert torch.equal(encoder({"image": one}, present), encoder({"image": two}, present))
+    assert not torch.equal(encoder({"image": one}, {}), encoder({"image": two}, {}))
+
+
+def test_image_loss_is_summed_over_pixels():
+    decoder = image.ImageDecoder({"image": IMAGE}, 8, 6, units=8, blocks=2, **CNN)
+    obs = frames(2, 3)
+    dist = decoder(torch.randn(2, 3, 8), torch.randn(2, 3, 6))["image"]
+    mode = dist.mode().detach().double().numpy()
+    assert 0 < mode.min() and mode.max() < 1
+    expected = ((mode - obs.double().numpy() / 255) ** 2).sum((-1, -2, -3))
+    np.testing.assert_allclose(dist.loss(decoder.target("image", obs)).detach(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dist, kind", [("sigmoid_mse", SquaredError), ("mse", SquaredError), ("normal", Normal)])
+def test_image_distributions_start_at_mid_grey(dist, kind):
+    decoder = image.ImageDecoder({"image": IMAGE}, 8, 6, units=8, blocks=2, image_dist=dist, outscale=0.0, **CNN)
+    out = decoder(torch.randn(2, 8), torch.randn(2, 6))["image"]
+    assert isinstance(out, kind)
+    torch.testing.assert_close(out.mode(), torch.full((2, 16, 16, 3), 0.5))
+
+
+def test_decoder_blocks_must_divide():
+    with pytest.raises(UserError, match="decoder.blocks is 3"):
+        image.ImageDecoder({"image": IMAGE}, 8, 6, units=8, blocks=3, **CNN)
+
+
+def test_decoder_sees_both_parts_of_the_state():
+    decoder = image.ImageDecoder({"image": IMAGE}, 8, 6, units=8, blocks=2, **CNN)
+    deter, stoch = torch.randn(1, 8, requires_grad=True), torch.randn(1, 6, requires_grad=True)
+    grads = torch.autograd.grad(decoder(deter, stoch)["image"].mode().sum(), (deter, stoch))
+    assert all((grad != 0).all() for grad in grads)
+
+
+def test_open_loop_video_marks_what_is_imagined():
+    truth = frames(2, 5, shape=(8, 12, 3)).numpy()
+    film = image.open_loop_video(truth, truth / 255.0, context=3, edge=2)
+    assert film.dtype == np.uint8 and film.shape == (5, 3 * 12, 2 * 16, 3)
+    np.testing.assert_array_equal(film[:, 2:10, 2:14], truth[0])
+    np.testing.assert_array_equal(film[:, 14:22, 18:30], truth[1])
+    corner = film[:, 12, 0].astype(int)  # of the model's frame
+    assert (corner[:3, 1] > corner[:3, 0]).all() and (corner[3:, 0] > corner[3:, 1]).all()
+    assert (abs(film[:, 26:34, 2:14].astype(int) - 128) <= 1).all(), "no error is grey"
+
+
+# Vectors
+
+
+def test_numbers_are_squashed_and_discrete_readings_are_one_hot():
+    spaces = {
+        "kind": gs.Discrete(3, start=5),
+        "multi": gs.MultiDiscrete([2, 3]),
+        "pose": gs.Box(-1, 1, (2, 2)),
+        "x": gs.Box(0, 9, ()),
+    }
+    encoder = vector.VectorEncoder(spaces, units=8, layers=1)
+    seen = []
+    encoder.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    obs = {
+        "kind": torch.tensor([[5, 7]]),
+        "multi": torch.tensor([[[0, 2], [1, 0]]]),
+        "pose": torch.tensor([[[[0.0, 1.0], [-10.0, 0.5]], [[1e3, 0.0], [0.0, 0.0]]]]),
+        "x": torch.tensor([[3, 0]]),
+    }
+    assert encoder(obs, {}).shape == (1, 2, 8)
+    expected = [
+        [1, 0, 0, 1, 0, 0, 0, 1, 0, np.log(2), -np.log(11), np.log(1.5), np.log(4)],
+        [0, 0, 1, 0, 1, 1, 0, 0, np.log(1001), 0, 0, 0, 0],
+    ]
+    torch.testing.assert_close(seen[0], torch.tensor([expected], dtype=torch.float32))
+
+
+def test_without_symlog_numbers_go_in_as_they_are():
+    encoder = vector.VectorEncoder({"pose": POSE}, units=8, layers=0, symlog=False)
+    x = torch.tensor([[1.0, -50.0, 3.0]])
+    assert encoder.out_size == 3 and torch.equal(encoder({"pose": x}, {}), x)
+
+
+def test_absent_vector_counts_as_zeros():
+    spaces = {"lives": gs.Discrete(3), "pose": POSE}
+    encoder = vector.VectorEncoder(spaces, units=8, layers=0)
+    obs = {"lives": torch.tensor([1, 2]), "pose": torch.ones(2, 3)}
+    present = {"lives": torch.tensor([False, True]), "pose": torch.tensor([True, False])}
+    one = np.log(2)
+    expected = torch.tensor([[0, 0, 0, one, one, one], [0, 0, 1, 0, 0, 0]], dtype=torch.float32)
+    torch.testing.assert_close(encoder(obs, present), expected)
+
+
+def test_discrete_readings_come_out_as_categoricals():
+    spaces = {"kind": gs.Discrete(3, start=5), "multi": gs.MultiDiscrete([2, 3]), "pose": POSE}
+    decoder = vector.VectorDecoder(spaces, 8, 6, units=8, layers=1)
+    dists = decoder(torch.randn(2, 4, 8), torch.randn(2, 4, 6))
+    assert isinstance(dists["kind"], Joint) and dists["multi"].sizes == [2, 3]
+    assert isinstance(dists["kind"].parts[0], OneHot) and isinstance(dists["pose"], SquaredError)
+    index = torch.randint(5, 8, (2, 4))
+    target = decoder.target("kind", index)
+    assert torch.equal(target, torch.eye(3)[index - 5])
+    log_probs = dists["kind"].parts[0].log_probs
+    expected = -log_probs.gather(-1, (index - 5)[..., None])[..., 0]
+    torch.testing.assert_close(dists["kind"].loss(target), expected)
+    # Numbers are squashed by the distribution, once.
+    pose = torch.randn(2, 4, 3) * 10
+    assert torch.equal(decoder.target("pose", pose), pose)
+    expected = (dists["pose"].pred - torch.sign(pose) * torch.log1p(pose.abs())).square().sum(-1)
+    torch.testing.assert_close(dists["pose"].loss(pose), expected)
+
+
+@pytest.mark.parametrize("dist, kind", [("symlog_mse", SquaredError), ("mse", SquaredError), ("normal", Normal)])
+def test_vector_distributions(dist, kind):
+    decoder = vector.VectorDecoder({"pose": POSE}, 8, 6, units=8, layers=1, vector_dist=dist)
+    out = decoder(torch.randn(2, 8), torch.randn(2, 6))["pose"]
+    assert isinstance(out, kind) and out.loss(torch.randn(2, 3)).shape == (2,)
+    if kind is SquaredError:
+        assert out.squash == (dist == "symlog_mse")
+
+
+def test_keys_with_dots():
+    decoder = vector.VectorDecoder({"arm.left": POSE}, 8, 6, units=8, layers=1)
+    assert decoder(torch.randn(2, 8), torch.randn(2, 6))["arm.left"].mode().shape == (2, 3)

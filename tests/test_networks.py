@@ -1,0 +1,391 @@
+"""Encoder, recurrent state-space model and decoder: what the latent state depends on, and when."""
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces as gs
+from torch import distributions as td
+
+from errors import UserError
+from networks import GRU, RSSM, BlockGRU, ConcatFusion, MultiDecoder, MultiEncoder, features, flatten_stoch
+
+SIZES = {"vector": 5, "image": 7}
+DYN = {"deter": 8, "hidden": 6, "stoch": 3, "discrete": 4, "blocks": 2}
+VARIANTS = {
+    "default": {},
+    "gaussian": {"discrete": 0},
+    "gru": {"cell": "gru"},
+    "gaussian gru": {"discrete": 0, "cell": "gru"},
+    "deep": {"dyn_layers": 2, "obs_layers": 2, "img_layers": 1},
+}
+B, T, A = 3, 6, 2
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=VARIANTS)
+def rssm(request) -> RSSM:
+    return RSSM(SIZES, A, **(DYN | VARIANTS[request.param]))
+
+
+def make_tokens(*lead: int) -> dict:
+    return {kind: (torch.randn(*lead, size), torch.ones(*lead, dtype=torch.bool)) for kind, size in SIZES.items()}
+
+
+def make_noise(rssm: RSSM, *lead: int) -> torch.Tensor:
+    return torch.randn(*lead, *rssm.noise_shape)
+
+
+def make_state(rssm: RSSM, *lead: int) -> dict:
+    stoch = torch.randn(*lead, *rssm.noise_shape)
+    if rssm.discrete:
+        stoch = torch.eye(rssm.discrete)[stoch.argmax(-1)]
+    return {"deter": torch.tanh(torch.randn(*lead, rssm.deter)), "stoch": stoch}
+
+
+def at(tokens: dict, t: int) -> dict:
+    return {kind: (embed[:, t], present[:, t]) for kind, (embed, present) in tokens.items()}
+
+
+def flags(*first: tuple[int, int]) -> torch.Tensor:
+    is_first = torch.zeros(B, T, dtype=torch.bool)
+    for b, t in first:
+        is_first[b, t] = True
+    return is_first
+
+
+def equal(a: dict, b: dict, rows=slice(None)) -> bool:
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[key][rows], b[key][rows]) for key in a)
+
+
+# Shapes and ways to run
+
+
+def test_shapes(rssm):
+    post, prior = rssm.observe(make_tokens(B, T), torch.randn(B, T, A), flags())
+    statistics = ["logit"] if rssm.discrete else ["mean", "std"]
+    assert list(post) == ["deter", "stoch", *statistics] and list(prior) == statistics
+    assert post["deter"].shape == (B, T, 8) and post["stoch"].shape == (B, T, *rssm.noise_shape)
+    for key in statistics:
+        assert post[key].shape == prior[key].shape == post["stoch"].shape
+    assert features(post).shape == (B, T, rssm.feat_size) and flatten_stoch(post).shape == (B, T, rssm.stoch_size)
+    assert torch.equal(features(post)[..., 8:], post["stoch"].reshape(B, T, -1))
+    if rssm.discrete:
+        assert torch.equal(post["stoch"].sort(-1).values[..., -1], torch.ones(B, T, 3))
+    else:
+        assert (post["std"] > rssm.min_std).all() and (prior["std"] > rssm.min_std).all()
+
+
+def test_observe_is_obs_step_repeated(rssm):
+    tokens, action, is_first = make_tokens(B, T), torch.randn(B, T, A), flags((0, 0), (1, 3))
+    noise, state = make_noise(rssm, B, T), make_state(rssm, B)
+    post, prior = rssm.observe(tokens, action, is_first, state, noise)
+    for t in range(T):
+        state = rssm.obs_step(state, action[:, t], at(tokens, t), is_first[:, t], noise[:, t])
+        for key in state:
+            torch.testing.assert_close(state[key], post[key][:, t], msg=f"{key} at {t}")
+        for key, value in rssm.prior(state["deter"]).items():
+            torch.testing.assert_close(value, prior[key][:, t])
+
+
+def test_imagine_is_img_step_repeated(rssm):
+    action, noise, state = torch.randn(B, T, A), make_noise(rssm, B, T), make_state(rssm, B)
+    prior = rssm.imagine(action, state, noise)
+    for t in range(T):
+        state = rssm.img_step(state, action[:, t], noise[:, t])
+        assert equal(state, {key: value[:, t] for key, value in prior.items()})
+
+
+def test_posterior_and_prior_share_the_recurrence(rssm):
+    state, action = make_state(rssm, B), torch.randn(B, A)
+    tokens, no = make_tokens(B), torch.zeros(B, dtype=torch.bool)
+    post, prior = rssm.obs_step(state, action, tokens, no), rssm.img_step(state, action)
+    assert torch.equal(post["deter"], prior["deter"])
+    name = "logit" if rssm.discrete else "mean"
+    assert not torch.equal(post[name], prior[name])
+
+
+def test_without_state_or_noise(rssm):
+    tokens, action = make_tokens(B, T), torch.randn(B, T, A)
+    zero_noise = torch.zeros(B, T, *rssm.noise_shape)
+    given, _ = rssm.observe(tokens, action, flags(), rssm.initial(B), zero_noise)
+    post, _ = rssm.observe(tokens, action, flags())
+    assert equal(given, post), "no noise is the mode, no state is zeros"
+    assert all((value == 0).all() for value in rssm.initial(B).values())
+
+
+def test_noise_decides_the_sample(rssm):
+    stats = rssm.prior(torch.randn(200, 8))
+    noise = make_noise(rssm, 200)
+    drawn = rssm.draw(stats, noise)
+    if rssm.discrete:
+        probs = 0.99 * torch.softmax(stats["logit"], -1) + 0.01 / 4
+        assert torch.equal(drawn.argmax(-1), (probs.log() + noise).argmax(-1))
+    else:
+        torch.testing.assert_close(drawn, stats["mean"] + stats["std"] * noise)
+
+
+# Trap 2 and 3: resets and pairing
+
+
+def test_the_past_is_forgotten_at_is_first(rssm):
+    """Two sequences with different pasts (state and previous action) agree exactly from is_first on."""
+    k = 3
+    tokens, action, noise = make_tokens(B, T), torch.randn(B, T, A), make_noise(rssm, B, T)
+    others = {kind: (embed.clone(), present) for kind, (embed, present) in tokens.items()}
+    for embed, _ in others.values():
+        embed[:, :k] = torch.randn_like(embed[:, :k])
+    other_action = action.clone()
+    other_action[:, : k + 1] = torch.randn(B, k + 1, A)  # also the action that led into the first step
+    is_first = flags((0, k), (2, k))
+    one, one_prior = rssm.observe(tokens, action, is_first, make_state(rssm, B), noise)
+    two, two_prior = rssm.observe(others, other_action, is_first, make_state(rssm, B), noise)
+    for state, other in ((one, two), (one_prior, two_prior)):
+        for key in state:
+            assert torch.equal(state[key][[0, 2], k:], other[key][[0, 2], k:]), key
+    assert not torch.equal(one["deter"][:, :k], two["deter"][:, :k])
+    assert (one["deter"][1, k:] != two["deter"][1, k:]).any(), "without the flag the past stays"
+
+
+def test_reset_is_a_zero_state_and_a_zero_action(rssm):
+    tokens, no, yes = make_tokens(B), torch.zeros(B, dtype=torch.bool), torch.ones(B, dtype=torch.bool)
+    reset = rssm.obs_step(make_state(rssm, B), torch.randn(B, A), tokens, yes)
+    assert equal(reset, rssm.obs_step(rssm.initial(B), torch.zeros(B, A), tokens, no))
+
+
+def test_terminal_states_are_not_blanked(rssm):
+    """What comes before is_first is as if the flag were not there."""
+    k = 3
+    tokens, action, noise, state = make_tokens(B, T), torch.randn(B, T, A), make_noise(rssm, B, T), make_state(rssm, B)
+    with_flag, _ = rssm.observe(tokens, action, flags((0, k), (1, k), (2, k)), state, noise)
+    without, _ = rssm.observe(tokens, action, flags(), state, noise)
+    for key in with_flag:
+        assert torch.equal(with_flag[key][:, :k], without[key][:, :k])
+    assert not torch.equal(with_flag["deter"][:, k], without["deter"][:, k])
+
+
+def test_reset_does_not_touch_its_inputs(rssm):
+    tokens, action, state = make_tokens(B, T), torch.randn(B, T, A), make_state(rssm, B)
+    kept, kept_action = {key: value.clone() for key, value in state.items()}, action.clone()
+    rssm.observe(tokens, action, torch.ones(B, T, dtype=torch.bool), state, make_noise(rssm, B, T))
+    assert equal(state, kept) and torch.equal(action, kept_action)
+
+
+def test_each_step_consumes_the_action_before_it(rssm):
+    """`action[:, t]` is the one taken before step t: state t depends on it and on none that comes later."""
+    action = torch.randn(B, T, A, requires_grad=True)
+    post, _ = rssm.observe(make_tokens(B, T), action, flags((1, 2)), noise=make_noise(rssm, B, T))
+    for t in range(T):
+        (grad,) = torch.autograd.grad(post["deter"][:, t].sum(), action, retain_graph=True)
+        used = (grad != 0).any(-1)
+        assert used[0].tolist() == [s <= t for s in range(T)]
+        assert used[1].tolist() == [s <= t and (t < 2 or s > 2) for s in range(T)]
+
+
+def test_observation_reaches_its_own_step(rssm):
+    embed = torch.randn(B, T, 5, requires_grad=True)
+    tokens = make_tokens(B, T) | {"vector": (embed, torch.ones(B, T, dtype=torch.bool))}
+    post, _ = rssm.observe(tokens, torch.randn(B, T, A), flags(), noise=make_noise(rssm, B, T))
+    name = "logit" if rssm.discrete else "mean"
+    for t in range(T):
+        (grad,) = torch.autograd.grad(post[name][:, t].sum(), embed, retain_graph=True)
+        assert (grad != 0).any(-1)[0].tolist() == [s <= t for s in range(T)]
+        (grad,) = torch.autograd.grad(post["deter"][:, t].sum(), embed, retain_graph=True, allow_unused=True)
+        used = [False] * T if grad is None else (grad != 0).any(-1)[0].tolist()
+        assert used == [s < t for s in range(T)], "deter knows what was seen before"
+
+
+# Actions beyond ±1
+
+
+def test_actions_beyond_one_count_by_their_sign_each_on_its_own(rssm):
+    state = make_state(rssm, B)
+    large, small = (
+        torch.tensor([[3.0, -0.5], [-10.0, 0.1], [1.0, -1.0]]),
+        torch.tensor([[1.0, -0.5], [-1.0, 0.1], [1.0, -1.0]]),
+    )
+    assert equal(rssm.img_step(state, large), rssm.img_step(state, small))
+
+
+def test_gradient_of_a_large_action_is_divided_by_its_size(rssm):
+    state, grads = make_state(rssm, B), []
+    for size in (1.0, 4.0):
+        action = torch.full((B, A), size, requires_grad=True)
+        weight = torch.linspace(-1, 1, 8)
+        grads.append(torch.autograd.grad((rssm.img_step(state, action)["deter"] * weight).sum(), action)[0])
+    torch.testing.assert_close(grads[1], grads[0] / 4)
+    assert (grads[0] != 0).all()
+
+
+# KL
+
+
+def test_kl_of_categoricals_against_torch():
+    rssm = RSSM(SIZES, A, **DYN, unimix_ratio=0.1)
+    post, prior = {"logit": torch.randn(B, T, 3, 4) * 2}, {"logit": torch.randn(B, T, 3, 4) * 2}
+
+    def reference(state):
+        return td.Categorical(probs=0.9 * torch.softmax(state["logit"], -1) + 0.1 / 4)
+
+    expected = td.kl_divergence(reference(post), reference(prior)).sum(-1)
+    for kl in rssm.kl(post, prior):
+        torch.testing.assert_close(kl, expected)
+    torch.testing.assert_close(rssm.entropy(post), reference(post).entropy().sum(-1))
+
+
+def test_kl_of_gaussians_against_torch():
+    rssm = RSSM(SIZES, A, **(DYN | {"discrete": 0}))
+    post, prior = ({"mean": torch.randn(B, T, 3), "std": torch.rand(B, T, 3) + 0.1} for _ in range(2))
+    p, q = (td.Independent(td.Normal(s["mean"], s["std"]), 1) for s in (post, prior))
+    for kl in rssm.kl(post, prior):
+        torch.testing.assert_close(kl, td.kl_divergence(p, q))
+    torch.testing.assert_close(rssm.entropy(post), p.entropy())
+
+
+def test_each_half_of_the_kl_moves_its_own_side(rssm):
+    names = ["logit"] if rssm.discrete else ["mean", "std"]
+    shape = (B, T, *rssm.noise_shape)
+    post, prior = ({n: (torch.randn(shape).exp()).requires_grad_() for n in names} for _ in range(2))
+    for index, (moved, still) in enumerate(((prior, post), (post, prior))):
+        loss = rssm.kl(post, prior)[index].sum()
+        for value in moved.values():
+            (grad,) = torch.autograd.grad(loss, value, retain_graph=True)
+            assert (grad != 0).any()
+        for value in still.values():
+            assert torch.autograd.grad(loss, value, retain_graph=True, allow_unused=True)[0] is None
+
+
+# Recurrence and fusion
+
+
+@pytest.mark.parametrize("cell", [BlockGRU, GRU])
+def test_recurrence_keeps_most_of_the_state_by_default(cell):
+    core = cell(8, 5, 2, hidden=6, blocks=2)
+    with torch.no_grad():
+        for p in core.gates.parameters():
+            p.zero_()
+    deter = torch.randn(B, 8)
+    update = 1 / (1 + np.e)  # sigmoid(-1); the candidate is 0
+    torch.testing.assert_close(core(deter, torch.randn(B, 5), torch.randn(B, 2)), (1 - update) * deter)
+
+
+def test_block_gru_against_a_loop_over_blocks():
+    core = BlockGRU(8, 5, 2, hidden=6, blocks=2)
+    torch.nn.init.normal_(core.gates.bias)
+    deter, stoch, action = torch.randn(B, 8), torch.randn(B, 5), torch.randn(B, 2)
+    inputs = torch.cat([core.from_deter(deter), core.from_stoch(stoch), core.from_action(action)], -1)
+    hidden = []
+    for g in range(2):
+        joined = torch.cat([deter[:, 4 * g : 4 * g + 4], inputs], -1)
+        hidden.append(joined @ core.hidden[0].weight[g] + core.hidden[0].bias[4 * g : 4 * g + 4])
+    hidden = torch.cat(hidden, -1)
+    hidden = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-4).sqrt()  # over all blocks together
+    hidden = hidden * torch.sigmoid(hidden)
+    expected = []
+    for g in range(2):
+        gates = hidden[:, 4 * g : 4 * g + 4] @ core.gates.weight[g] + core.gates.bias[12 * g : 12 * g + 12]
+        reset, cand, update = gates[:, :4], gates[:, 4:8], torch.sigmoid(gates[:, 8:] - 1)
+        old = deter[:, 4 * g : 4 * g + 4]
+        expected.append(update * torch.tanh(torch.sigmoid(reset) * cand) + (1 - update) * old)
+    torch.testing.assert_close(core(deter, stoch, action), torch.cat(expected, -1))
+
+
+def test_blocks_must_divide_deter():
+    with pytest.raises(ValueError, match="multiple of blocks"):
+        RSSM(SIZES, A, **(DYN | {"blocks": 3}))
+
+
+def test_fusion_in_two_parts_is_one_dense_layer_on_everything():
+    fusion, tokens, deter = ConcatFusion(8, SIZES, hidden=6), make_tokens(B, T), torch.randn(B, T, 8)
+    torch.nn.init.normal_(fusion.first.linear.bias)
+    joined = torch.cat([deter, *(embed for embed, _ in tokens.values())], -1)
+    torch.testing.assert_close(fusion.step(deter, fusion.prepare(tokens)), fusion.first(joined))
+
+
+def test_absent_kind_counts_as_zeros(rssm):
+    tokens, state, action = make_tokens(B), make_state(rssm, B), torch.randn(B, A)
+    no = torch.zeros(B, dtype=torch.bool)
+    absent = tokens | {"image": (torch.randn(B, 7), torch.tensor([False, True, False]))}
+    zeros = tokens | {
+        "image": (absent["image"][0] * torch.tensor([[0.0], [1.0], [0.0]]), torch.ones(B, dtype=torch.bool))
+    }
+    assert equal(rssm.obs_step(state, action, absent, no), rssm.obs_step(state, action, zeros, no))
+
+
+# Encoder and decoder
+
+SPACES = {
+    "image": gs.Box(0, 255, (16, 24, 3), np.uint8),
+    "pose": gs.Box(-np.inf, np.inf, (3,), np.float32),
+    "lives": gs.Discrete(4),
+}
+OPTIONS = {"units": 8, "layers": 1, "depth": 2, "mults": [1, 2]}
+
+
+def make_obs(*lead: int) -> dict:
+    return {
+        "image": torch.randint(0, 256, (*lead, 16, 24, 3), dtype=torch.uint8),
+        "pose": torch.randn(*lead, 3),
+        "lives": torch.randint(0, 4, lead),
+    }
+
+
+def test_encoder_gives_an_embedding_and_a_flag_per_kind():
+    encoder = MultiEncoder(SPACES, **OPTIONS)
+    tokens = encoder(make_obs(B, T))
+    assert list(tokens) == list(encoder.sizes) == ["vector", "image"]
+    for kind, (embed, present) in tokens.items():
+        assert embed.shape == (B, T, encoder.sizes[kind])
+        assert present.dtype == torch.bool and present.shape == (B, T) and present.all()
+
+
+def test_a_kind_is_present_where_any_of_its_keys_is():
+    encoder, obs = MultiEncoder(SPACES, **OPTIONS), make_obs(4)
+    obs["present/pose"] = torch.tensor([True, True, False, False])
+    obs["present/lives"] = torch.tensor([True, False, True, False])
+    obs["present/image"] = torch.tensor([False, True, True, True])
+    tokens = encoder(obs)
+    assert tokens["vector"][1].tolist() == [True, True, True, False]
+    assert tokens["image"][1].tolist() == [False, True, True, True]
+    del obs["present/lives"]  # a key without a flag was there
+    assert encoder(obs)["vector"][1].all()
+
+
+def test_absent_observations_do_not_reach_the_posterior():
+    encoder = MultiEncoder(SPACES, **OPTIONS)
+    rssm = RSSM(encoder.sizes, A, **DYN)
+    state, action, is_first = make_state(rssm, 2), torch.randn(2, A), torch.zeros(2, dtype=torch.bool)
+    present = {"present/image": torch.tensor([True, False]), "present/pose": torch.tensor([False, False])}
+    one = make_obs(2)
+    two = {"image": one["image"].clone(), "pose": torch.randn(2, 3), "lives": one["lives"]}
+    two["image"][1] = 255 - two["image"][1]
+    posts = [rssm.obs_step(state, action, encoder(obs | present), is_first) for obs in (one, two)]
+    assert equal(*posts)
+
+
+@pytest.mark.parametrize("build", [MultiEncoder, lambda spaces, **kw: MultiDecoder(spaces, 8, 12, blocks=2, **kw)])
+def test_patterns_that_match_nothing_are_an_error(build):
+    with pytest.raises(UserError, match="camera.*image.*lives.*pose"):
+        build(SPACES, cnn_keys="camera", **OPTIONS)
+    with pytest.raises(UserError, match="match no observation.*pose"):
+        build(SPACES, cnn_keys="", mlp_keys="", **OPTIONS)
+
+
+def test_patterns_choose_the_keys():
+    assert list(MultiEncoder(SPACES, cnn_keys="", **OPTIONS).sizes) == ["vector"]
+    decoder = MultiDecoder(SPACES, 8, 12, blocks=2, mlp_keys="pose", **OPTIONS)
+    assert decoder.keys == ["pose", "image"]
+
+
+def test_decoder_predicts_and_scores_every_key():
+    decoder, obs = MultiDecoder(SPACES, 8, 12, blocks=2, **OPTIONS), make_obs(B, T)
+    state = {"deter": torch.randn(B, T, 8), "stoch": torch.randn(B, T, 3, 4)}
+    dists, targets = decoder(state), decoder.targets(obs)
+    assert dists.keys() == targets.keys() == SPACES.keys()
+    for key, dist in dists.items():
+        assert dist.loss(targets[key]).shape == (B, T)
+        assert dist.mode().shape == targets[key].shape
