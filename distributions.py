@@ -41,6 +41,11 @@ def symexp_bins(count: int, limit: float = 20.0, **kwargs) -> Float[Tensor, " co
     return torch.cat([half, mirrored[count % 2 :]]).to(**{"dtype": torch.get_default_dtype(), **kwargs})
 
 
+def sum_event(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Sum over `axes`. No axes leave x as it is, where `Tensor.sum(())` would sum over everything."""
+    return x.sum(axes) if axes else x
+
+
 class OneHot:
     """Categorical whose samples are one-hot vectors [..., classes], with straight-through gradients.
 
@@ -128,19 +133,19 @@ class Normal:
 
     def log_prob(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*b"]:
         z = (x - self.mean) / self.std
-        return (-0.5 * z.square() - self.std.log() - 0.5 * math.log(2 * math.pi)).sum(self.axes)
+        return sum_event(-0.5 * z.square() - self.std.log() - 0.5 * math.log(2 * math.pi), self.axes)
 
     def loss(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*b"]:
         return -self.log_prob(x)
 
     def entropy(self) -> Float[Tensor, "*b"]:
-        return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(self.axes)
+        return sum_event(self.std.log() + 0.5 * math.log(2 * math.pi * math.e), self.axes)
 
     def kl(self, other: "Normal") -> Float[Tensor, "*b"]:
         """KL(self ‖ other), summed over the event."""
         ratio = (self.std / other.std).square()
         distance = ((self.mean - other.mean) / other.std).square()
-        return 0.5 * (ratio + distance - 1 - ratio.log()).sum(self.axes)
+        return 0.5 * sum_event(ratio + distance - 1 - ratio.log(), self.axes)
 
     def detach(self) -> "Normal":
         return Normal(self.mean.detach(), self.std.detach(), len(self.axes))
@@ -162,8 +167,7 @@ class SquaredError:
 
     def loss(self, target: Float[Tensor, "*s"]) -> Float[Tensor, "*b"]:
         target = symlog(target) if self.squash else target
-        error = (self.pred - target.detach()).square()
-        return error.sum(self.axes) if self.axes else error
+        return sum_event((self.pred - target.detach()).square(), self.axes)
 
     def log_prob(self, target: Float[Tensor, "*s"]) -> Float[Tensor, "*b"]:
         return -self.loss(target)
