@@ -6,6 +6,7 @@ the arg max, zero normal noise is the mean. The last axes, which make up one eve
 Everything is computed in float32 (or wider), whatever the precision of the network that put out the logits.
 """
 
+import functools
 import math
 
 import torch
@@ -186,11 +187,15 @@ class TwoHot:
         self.bins = bins
         self.squash = squash
 
+    @functools.cached_property
+    def log_probs(self) -> Float[Tensor, "*b bins"]:
+        return torch.log_softmax(self.logits, -1)
+
     def mode(self) -> Float[Tensor, "*b"]:
         """Expected bin. Mirrored bins are subtracted before they are weighed, so that symmetric logits give exactly 0.
         """
         half = self.bins.shape[0] // 2
-        probs = torch.softmax(self.logits, -1)
+        probs = self.log_probs.exp()
         mean = (probs[..., -half:] - probs[..., :half].flip(-1)) @ self.bins[-half:]
         return symexp(mean) if self.squash else mean
 
@@ -203,8 +208,7 @@ class TwoHot:
         below = above - 1
         low, high = self.bins[below], self.bins[above]
         share = ((target - low) / (high - low)).clamp(0, 1)
-        log_probs = torch.log_softmax(self.logits, -1)
-        pick = log_probs.gather(-1, torch.stack([below, above], -1))
+        pick = self.log_probs.gather(-1, torch.stack([below, above], -1))
         return -((1 - share) * pick[..., 0] + share * pick[..., 1])
 
     def log_prob(self, target: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:

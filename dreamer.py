@@ -239,6 +239,7 @@ class Trainer:
         self.metrics, self.episode_metrics = tools.Metrics(), tools.Metrics()
         self.pending = None  # latents of the latest update, written back while the device works on the next
         resumed = self._resume()
+        config.save(self.logdir / "config.yaml")  # only now: what could not be built leaves nothing to disagree with
         self.logger = self._make_logger()
         self.should_log, self.should_eval, self.should_save = (
             tools.Every(interval, self.frames) for interval in (config.log_every, config.eval_every, config.save_every)
@@ -251,9 +252,9 @@ class Trainer:
         """A logdir belongs to one configuration: a differing one is an error that says what differs, unless `force`."""
         self.logdir.mkdir(parents=True, exist_ok=True)
         saved = self.logdir / "config.yaml"
-        if saved.exists() and not self.config.force:
+        begun = (self.logdir / "latest.pt").exists() or any(Path(self.config.traindir).glob("*.npz"))
+        if saved.exists() and begun and not self.config.force:
             check_resume(resolve_paths(Config.read(saved)), self.config)
-        self.config.save(saved)
 
     @property
     def offline(self) -> bool:
@@ -295,7 +296,7 @@ class Trainer:
     def _make_eval_replay(self) -> Replay | None:
         """Held-out data for open-loop predictions: recorded episodes, or those of evaluations."""
         config, options = self.config, self._replay_options(self.config.seed + 4)
-        capacity = max(20 * config.batch_length, config.dataset_size // 50)
+        capacity = max(4 * (config.batch_length + 1) * config.eval_envs, config.dataset_size // 50)
         if config.offline_evaldir:
             return Replay.offline(config.offline_evaldir, capacity=capacity, **options)
         if not self.evaluates:

@@ -59,10 +59,19 @@ class BlockLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(blocks * outputs))
         init_weight(self.weight, blocks * inputs)
 
-    def forward(self, x: Float[Tensor, "*b blocks inputs"]) -> Float[Tensor, "*b out"]:
-        lead = x.shape[:-2]
+    def forward(self, x: Float[Tensor, "*b blocks own"], shared: Float[Tensor, "*b rest"] | None = None) -> Tensor:
+        """[*b, blocks, own] -> [*b, blocks * outputs]. `shared` is seen by every block, after its own inputs.
+
+        It is multiplied as a batch of stride 0: joining a copy of it to every block would cost more than the product.
+        """
+        lead, own = x.shape[:-2], x.shape[-1]
         x = x.reshape(-1, *x.shape[-2:]).transpose(0, 1)
-        return torch.bmm(x, self.weight).transpose(0, 1).reshape(*lead, -1) + self.bias
+        if shared is None:
+            out = torch.bmm(x, self.weight)
+        else:
+            shared = shared.reshape(-1, shared.shape[-1]).expand(len(x), -1, -1)
+            out = torch.baddbmm(torch.bmm(x, self.weight[:, :own]), shared, self.weight[:, own:])
+        return out.transpose(0, 1).reshape(*lead, -1) + self.bias
 
 
 class RMSNorm(nn.Module):

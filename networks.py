@@ -123,10 +123,10 @@ class BlockGRU(nn.Module):
         self, deter: Float[Tensor, "b deter"], stoch: Float[Tensor, "b stoch"], action: Float[Tensor, "b action"]
     ) -> Float[Tensor, "b deter"]:
         shared = torch.cat([self.from_deter(deter), self.from_stoch(stoch), self.from_action(action)], -1)
-        blocked = deter.unflatten(-1, (self.blocks, -1))
-        x = torch.cat([blocked.to(shared.dtype), shared.unsqueeze(1).expand(-1, self.blocks, -1)], -1)
+        x = deter.to(shared.dtype).unflatten(-1, (self.blocks, -1))
         for linear, norm in zip(self.hidden, self.norms, strict=True):
-            x = self.act(norm(linear(x))).unflatten(-1, (self.blocks, -1))
+            x = self.act(norm(linear(x, shared))).unflatten(-1, (self.blocks, -1))
+            shared = None  # only the first layer sees it
         gates = self.gates(x).to(deter.dtype).unflatten(-1, (self.blocks, 3, -1))
         reset, cand, update = (gate.flatten(1) for gate in gates.unbind(2))
         update = torch.sigmoid(update - 1)
