@@ -6,7 +6,6 @@ the arg max, zero normal noise is the mean. The last axes, which make up one eve
 Everything is computed in float32 (or wider), whatever the precision of the network that put out the logits.
 """
 
-import functools
 import math
 
 import torch
@@ -184,12 +183,9 @@ class TwoHot:
 
     def __init__(self, logits: Float[Tensor, "*b bins"], bins: Float[Tensor, " bins"], squash: bool = False):
         self.logits = full_precision(logits)
+        self.log_probs = torch.log_softmax(self.logits, -1)
         self.bins = bins
         self.squash = squash
-
-    @functools.cached_property
-    def log_probs(self) -> Float[Tensor, "*b bins"]:
-        return torch.log_softmax(self.logits, -1)
 
     def mode(self) -> Float[Tensor, "*b"]:
         """Expected bin. Mirrored bins are subtracted before they are weighed, so that symmetric logits give exactly 0.

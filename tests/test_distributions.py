@@ -111,6 +111,14 @@ def test_gradient_of_two_hot_loss_is_probs_minus_target():
     assert targets.grad is None
 
 
+def test_a_mode_that_was_read_without_gradient_leaves_the_loss_its_own():
+    logits = draw(4, 41).requires_grad_()
+    dist = TwoHot(logits, symexp_bins(41))
+    with torch.no_grad():
+        dist.mode()
+    assert dist.loss(torch.zeros(4)).requires_grad
+
+
 # Categoricals
 
 

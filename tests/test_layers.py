@@ -95,6 +95,14 @@ def test_block_linear_is_a_block_diagonal_matrix():
     torch.testing.assert_close(layer(x[0, 0]), expected[0, 0])
 
 
+def test_block_linear_with_inputs_that_all_blocks_share():
+    layer = BlockLinear(3, 4 + 2, 5)
+    nn.init.normal_(layer.bias)
+    own, shared = torch.randn(7, 3, 4), torch.randn(7, 2)
+    joined = torch.stack([torch.cat([own[:, g], shared], -1) for g in range(3)], 1)
+    torch.testing.assert_close(layer(own, shared), layer(joined))
+
+
 def rms_norm(x, scale=1.0, eps=1e-4) -> np.ndarray:
     x = x.double().numpy()
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * np.asarray(scale, dtype=np.float64)

@@ -89,7 +89,7 @@ def test_laprop_with_adaptive_clipping_against_numpy(warmup):
 
 
 def test_laprop_normalises_before_it_averages():
-    """After one huge and then small gradients, Adam's momentum keeps the huge one; LaProp's has already normalised it."""
+    """After one huge gradient, Adam's momentum keeps its size; LaProp's has already normalised it."""
     moves = {}
     for name in ("laprop", "adam"):
         params = {"critic": {"weight": nn.Parameter(torch.ones(1, dtype=torch.float64))}}
