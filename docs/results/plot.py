@@ -1,0 +1,72 @@
+"""Draw learning curves of runs beside the paper's: a PNG.
+
+    python docs/results/plot.py --suite dmc_proprio --task dmc_cartpole_balance --out curve.png logdir/a logdir/b
+
+Each LOGDIR is one seed; its `metrics.jsonl` is read. With --metric (default `episode/return`) and without a --suite only the
+runs are drawn. Returns of training episodes are what the paper's curves show.
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+PAPER = Path(__file__).with_name("paper.csv")
+
+
+def read_run(logdir: Path, metric: str) -> tuple[list[int], list[float]]:
+    """Frames and values of a metric, from a logdir or directly from a `.jsonl` file."""
+    path = logdir if logdir.suffix == ".jsonl" else logdir / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+    if not points:
+        raise SystemExit(f"{path} has no {metric}; it has: {', '.join(sorted({key for row in rows for key in row}))}")
+    return tuple(zip(*points, strict=True))
+
+
+def read_paper(suite: str, task: str) -> list[dict[str, float]]:
+    with PAPER.open() as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    found = [row for row in rows if (row["suite"], row["task"]) == (suite, task)]
+    if not found:
+        tasks = sorted({row["task"] for row in rows if row["suite"] == suite})
+        raise SystemExit(f"The paper has no {task} in {suite}. {'Tasks: ' + ', '.join(tasks) if tasks else ''}")
+    return [{key: float(row[key]) for key in ("env_steps", "mean", "std")} for row in found]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("logdirs", nargs="+", type=Path, metavar="LOGDIR")
+    parser.add_argument("--suite", choices=["dmc_proprio", "dmc_vision", "atari100k"])
+    parser.add_argument("--task", default="")
+    parser.add_argument("--metric", nargs="+", default=["episode/return"])
+    parser.add_argument("--out", type=Path, default=Path("curve.png"))
+    args = parser.parse_args()
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    last = 0
+    for logdir in args.logdirs:
+        for metric in args.metric:
+            frames, values = read_run(logdir, metric)
+            last = max(last, frames[-1])
+            axes.plot(frames, values, marker=".", markersize=4, label=f"{logdir.stem}: {metric}")
+    if args.suite:
+        rows = [row for row in read_paper(args.suite, args.task) if row["env_steps"] <= 1.25 * last + 10_000]
+        frames, mean, std = ([row[key] for row in rows] for key in ("env_steps", "mean", "std"))
+        low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+        axes.plot(frames, mean, color="black", label="paper: mean of 5 seeds")
+        axes.fill_between(frames, low, high, color="black", alpha=0.15, label="paper: ± one standard deviation")
+    axes.set(xlabel="environment steps (frames)", ylabel="return", title=args.task)
+    axes.set_xlim(0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(args.out, dpi=150)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()
