@@ -394,6 +394,9 @@ def _check_together(values: Mapping[str, Any]) -> None:
     if has("dataset_size", "batch_length"):
         size, length = values["dataset_size"], values["batch_length"]
         require(size > length, f"dataset_size is {size}; expected more than batch_length, which is {length}")
+    if has("train_ratio", "offline_traindir"):
+        counted = values["train_ratio"] > 0 or values["offline_traindir"] is None
+        require(counted, "train_ratio is 0; expected more where offline_traindir is set: updates are counted by it")
     if has("task", "offline_traindir", "mode") and values["task"] == "none":
         require(values["mode"] == "train", "mode eval needs a task to play; found --task none")
         require(values["offline_traindir"] is not None, "task none needs recorded episodes: --offline_traindir FOLDER")

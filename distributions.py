@@ -188,8 +188,7 @@ class TwoHot:
         self.squash = squash
 
     def mode(self) -> Float[Tensor, "*b"]:
-        """Expected bin. Mirrored bins are subtracted before they are weighed, so that symmetric logits give exactly 0.
-        """
+        """Expected bin. Mirrored bins' shares are subtracted before weighing: symmetric logits give exactly 0."""
         half = self.bins.shape[0] // 2
         probs = self.log_probs.exp()
         mean = (probs[..., -half:] - probs[..., :half].flip(-1)) @ self.bins[-half:]

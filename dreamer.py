@@ -29,6 +29,7 @@ from config import Config, ConfigError, check_resume, resolve_paths
 from envs import make_env
 from errors import UserError
 from exploration import Random
+from logger import disk_errors
 from modalities import vector
 from modalities.image import open_loop_video
 from models import ImagBehavior, WorldModel, total_loss
@@ -235,11 +236,14 @@ class Trainer:
         # Agent steps from which updates are owed; what an earlier session has stored counts from the end of its
         # prefill.
         self.train_start = config.prefill if self.replay.steps else None
-        self.last_return, self.evaluated_at = math.nan, None
+        self.last_return, self.evaluated_at = None, None
         self.metrics, self.episode_metrics = tools.Metrics(), tools.Metrics()
         self.pending = None  # latents of the latest update, written back while the device works on the next
+        self.shutdown = tools.Shutdown()
         resumed = self._resume()
-        config.save(self.logdir / "config.yaml")  # only now: what could not be built leaves nothing to disagree with
+        with disk_errors(self.logdir / "config.yaml"):
+            # Only now: what could not be built leaves nothing to disagree with.
+            config.save(self.logdir / "config.yaml")
         self.logger = self._make_logger()
         self.should_log, self.should_eval, self.should_save = (
             tools.Every(interval, self.frames) for interval in (config.log_every, config.eval_every, config.save_every)
@@ -291,7 +295,8 @@ class Trainer:
         config, options = self.config, self._replay_options(self.config.seed + 3)
         if self.offline:
             return Replay.offline(config.offline_traindir, capacity=config.dataset_size, **options)
-        return Replay(Path(config.traindir), capacity=config.dataset_size, streams=config.envs, **options)
+        with disk_errors(Path(config.traindir)):
+            return Replay(Path(config.traindir), capacity=config.dataset_size, streams=config.envs, **options)
 
     def _make_eval_replay(self) -> Replay | None:
         """Held-out data for open-loop predictions: recorded episodes, or those of evaluations."""
@@ -301,7 +306,8 @@ class Trainer:
             return Replay.offline(config.offline_evaldir, capacity=capacity, **options)
         if not self.evaluates:
             return None
-        return Replay(Path(config.evaldir), capacity=capacity, streams=config.eval_envs, online=False, **options)
+        with disk_errors(Path(config.evaldir)):
+            return Replay(Path(config.evaldir), capacity=capacity, streams=config.eval_envs, online=False, **options)
 
     def _make_logger(self) -> tools.Logger:
         config = self.config
@@ -367,7 +373,7 @@ class Trainer:
     def run(self) -> None:
         """Trains until `steps` frames, or until asked to stop; saves at the end either way."""
         config = self.config
-        with tools.Shutdown() as self.shutdown, tools.Progress(config.steps) as self.progress:
+        with self.shutdown, tools.Progress(config.steps) as self.progress:
             if self.offline:
                 self._run_offline()
             else:
@@ -547,7 +553,7 @@ class Trainer:
             # Latents are not saved: a resumed run computes them anew, and so does this one, to stay equal to it.
             self.replay.forget_latents()
         counters = {"frames": self.frames, "agent_steps": self.replay.steps, "updates": self.updates}
-        counters |= {"episodes": self.episodes, "train_start": self.train_start}
+        counters |= {"episodes": self.episodes, "train_start": self.train_start, "evaluated_at": self.evaluated_at}
         tools.save_checkpoint(
             self.logdir / "latest.pt",
             {
@@ -566,14 +572,14 @@ class Trainer:
         path = self.logdir / "latest.pt"
         if not path.exists():
             if self.config.checkpoint:
-                self.agent.restore(tools.load_checkpoint(self.config.checkpoint, self.device), weights_only=True)
+                self.agent.restore(load_run(self.config.checkpoint, self.device), weights_only=True)
                 log.info(f"Weights from {self.config.checkpoint}")
             return bool(self.replay.steps) and not self.offline
-        state = tools.load_checkpoint(path, self.device)
+        state = load_run(path, self.device)
         self.agent.restore(state)
         counters = state["counters"]
         self.updates, self.episodes = counters["updates"], counters["episodes"]
-        self.train_start = counters["train_start"]
+        self.train_start, self.evaluated_at = counters["train_start"], counters.get("evaluated_at")
         self.random.load_state(state["exploration"])
         self.replay.load_state(state["replay"])
         if self.eval_replay and state["eval_replay"]:
@@ -586,6 +592,18 @@ class Trainer:
                 envs.close()
         if hasattr(self, "logger"):
             self.logger.close()
+
+
+def load_run(path: str | Path, device: torch.device) -> dict:
+    """A checkpoint that `Trainer.save` wrote; UserError for any other file."""
+    state = tools.load_checkpoint(path, device)
+    missing = {"config", "counters", "world_model", "behavior", "optimizer"} - state.keys()
+    if missing:
+        raise UserError(
+            f"{path}: found the entries {', '.join(map(str, state)) or 'none'}, expected a checkpoint of this program, "
+            f"with {', '.join(sorted(missing))} too. Give the latest.pt of a run."
+        )
+    return state
 
 
 def make_envs(config: Config, mode: str, count: int) -> VectorEnv:
@@ -618,7 +636,7 @@ def play(
         if on_step:
             on_step(obs, action)
         if filming:
-            frame = obs["image"][0] if "image" in obs else envs.render(0)
+            frame = obs["image"][0] if "image" in obs and obs["image"].shape[-1] in (1, 3) else envs.render(0)
             filming = frame is not None
             if filming:
                 frames.append(np.array(frame))
@@ -630,6 +648,8 @@ def play(
             returns.append(float(total[env]))
             lengths.append(int(length[env]))
             filming = filming and env != 0
+        if on_step and not (quota > 0).any():
+            on_step(obs, np.zeros_like(action))  # nothing acts on the steps that end the last episodes
     return returns, lengths, np.stack(frames) if frames else None
 
 
@@ -637,7 +657,7 @@ def evaluate_checkpoint(config: Config) -> None:
     """`--mode eval`: plays `episodes` episodes with a checkpoint's weights and configuration, and films the first."""
     path = Path(config.checkpoint or Path(resolve_paths(config).logdir) / "latest.pt")
     device = tools.pick_device(config.device)
-    state = tools.load_checkpoint(path, device)
+    state = load_run(path, device)
     own = ("mode", "checkpoint", "episodes", "seed", "device", "precision", "compile", "threads")
     own += ("eval_sample", "eval_envs", "parallel")
     config = config.replace(**(state["config"] | {key: config[key] for key in own}))

@@ -1,4 +1,4 @@
-"""Draw what a checkpoint imagines, as a film strip: truth, model, error. The model sees the green steps and imagines the red.
+"""Draw what a checkpoint imagines, as a film strip: truth, model, error. It sees the green steps, imagines the red.
 
     python docs/results/open_loop.py LOGDIR --out open_loop.png [--context 10] [--steps 40] [--every 4] [--windows 2]
 

@@ -2,8 +2,8 @@
 
     python docs/results/plot.py --suite dmc_proprio --task dmc_cartpole_balance --out curve.png logdir/a logdir/b
 
-Each LOGDIR is one seed; its `metrics.jsonl` is read. With --metric (default `episode/return`) and without a --suite only the
-runs are drawn. Returns of training episodes are what the paper's curves show.
+Each LOGDIR is one seed; its `metrics.jsonl` is read. Without a --suite only the runs are drawn. The paper's curves show
+returns of training episodes: `episode/return`, the default of --metric.
 """
 
 import argparse
