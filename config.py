@@ -206,6 +206,7 @@ class Config(Mapping):
     def save(self, path: str | os.PathLike) -> None:
         """Write YAML that `read`, and `--configs PATH`, read again. The file is complete or not there at all."""
         stream = io.StringIO()
+        stream.write("# The configuration of a run. `--configs` with the path of this file starts another like it.\n")
         yaml = YAML(typ="safe", pure=True)
         yaml.default_flow_style = False
         yaml.sort_base_mapping_type_on_output = False
@@ -213,12 +214,14 @@ class Config(Mapping):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write("# The configuration of a run. `--configs` with the path of this file starts another like it.\n")
-            file.write(stream.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(stream.getvalue())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)  # there only if something failed, such as a full disk
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Config:
