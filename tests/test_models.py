@@ -781,6 +781,13 @@ def test_dynamics_gradient_against_finite_differences(double, slow_target):
     assert not with_grad(world) and not with_grad(stream)
 
 
+def test_dynamics_gradient_goes_through_actions_not_through_what_the_policy_saw():
+    behavior, feat = make_behavior(3), torch.randn(4, 3, requires_grad=True)
+    action, _ = behavior._rollout_policy(feat, None, torch.zeros(4, dtype=torch.bool), torch.zeros(4, A))
+    assert action.requires_grad
+    assert torch.autograd.grad(action.sum(), feat, allow_unused=True)[0] is None
+
+
 @pytest.mark.parametrize("classes", [(), (A,)], ids=["continuous", "discrete"])
 def test_both_mixes_dynamics_into_reinforce(classes):
     parts = {}
