@@ -1,0 +1,894 @@
+"""The front door: runs as a user starts them, what they leave behind, what they say when something is wrong."""
+
+import ast
+import contextlib
+import errno
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cloudpickle
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import config as configuration
+import envs
+import tools
+from dreamer import Dreamer, Trainer, cli, make_envs, play
+from envs import Env, register_env, transition
+from errors import UserError
+from exploration import Random
+from networks import features
+from parallel import EnvError
+
+ROOT = Path(__file__).resolve().parent.parent
+DEBUG = "--configs debug --device cpu --threads 1".split()
+# The least around the training loop: no evaluation, no pictures, no TensorBoard (whose import takes seconds).
+BARE = [*DEBUG, *"--eval_every 0 --video_pred_log false --tensorboard false --imag_horizon 2".split()]
+CARTPOLE = [*BARE, *"--task gym_CartPole-v1 --log_every 40 --save_every 40".split()]
+WALKER = [
+    *"--configs dmc_vision debug --device cpu --threads 1 --image_size 32 32 --dmc.fast_render true".split(),
+    *"--log_every 80 --eval_every 1000 --save_every 80".split(),
+]
+
+
+# Environments
+
+
+class Toy(Env):
+    """Episodes of `length` steps. Observes a vector [3] (episode, step, 1) and, if asked, a frame; reward 1 a step.
+
+    nan_at, raise_at: the step of the first episode at which the vector is NaN, or `step` raises.
+    """
+
+    def __init__(self, length=10, frame=None, nan_at=None, raise_at=None, act_space=None):
+        self.length, self.frame, self.nan_at, self.raise_at = length, frame, nan_at, raise_at
+        self.obs_space = {"vector": spaces.Box(-np.inf, np.inf, (3,), np.float32)}
+        if frame:
+            self.obs_space["image"] = spaces.Box(0, 255, (*frame, 3), np.uint8)
+        self.act_space = act_space or spaces.Box(-1, 1, (2,), np.float32)
+        self.episode = -1
+
+    def reset(self):
+        self.episode, self.count = self.episode + 1, 0
+        return transition(self.observe(), first=True)
+
+    def step(self, action):
+        self.count += 1
+        if self.count == self.raise_at:
+            raise ZeroDivisionError("the toy broke")
+        last = self.count == self.length
+        return transition(self.observe(), 1.0, last=last, terminal=last)
+
+    def observe(self):
+        vector = np.array([self.episode, self.count, 1], np.float32)
+        if self.count == self.nan_at:
+            vector[1] = np.nan
+        return {"vector": vector} | ({"image": np.full((*self.frame, 3), self.count, np.uint8)} if self.frame else {})
+
+
+@pytest.fixture(autouse=True)
+def leave_no_trace():
+    """`cli` sets up the process; the next test finds it as it was."""
+    root, registry = logging.getLogger(), dict(envs._registry)
+    handlers, level = root.handlers[:], root.level
+    yield
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
+        handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    envs._registry.clear()
+    envs._registry.update(registry)
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(1)
+
+
+# Running
+
+
+def start(*flags, **options) -> subprocess.CompletedProcess:
+    """`python dreamer.py` as from a shell."""
+    command = [sys.executable, str(ROOT / "dreamer.py"), *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, **options)
+
+
+def run(*flags) -> tuple[int, str, str]:
+    """The same in this process: exit status, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli(configuration.load([str(flag) for flag in flags]))
+    return status, out.getvalue(), err.getvalue()
+
+
+def succeed(*flags) -> str:
+    status, out, err = run(*flags)
+    assert status == 0, out[-2000:] + err
+    return out
+
+
+def fail(*flags) -> str:
+    """The one line that a run ends with."""
+    status, _, err = run(*flags)
+    assert status == 1 and err.startswith("Error: ") and err.count("\n") == 1, err
+    return err.strip()
+
+
+def metrics(logdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def weights(agent: Dreamer) -> dict[str, torch.Tensor]:
+    """What the optimizer moves."""
+    return {
+        key: value.clone()
+        for part in ("world_model", "behavior")
+        for key, value in agent.checkpoint()[part].items()
+        if "slow_critic" not in key and "retnorm" not in key
+    }
+
+
+def same(one: dict, two: dict) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.fixture(scope="module")
+def walker(tmp_path_factory) -> tuple[Path, str]:
+    """A finished run of dmc_vision, started from a shell: its logdir and what it printed."""
+    logdir = tmp_path_factory.mktemp("walker")
+    done = start(*WALKER, "--steps", 240, "--logdir", logdir)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    return logdir, done.stdout
+
+
+@pytest.fixture(scope="module")
+def cartpole(tmp_path_factory) -> Path:
+    """A finished run of CartPole, 120 frames; not to be written to."""
+    logdir = tmp_path_factory.mktemp("cartpole")
+    succeed(*CARTPOLE, "--steps", 120, "--logdir", logdir)
+    return logdir
+
+
+@pytest.fixture
+def begun(cartpole, tmp_path) -> Path:
+    """A copy of that run, to go on with."""
+    return Path(shutil.copytree(cartpole, tmp_path / "begun"))
+
+
+# 1. A run from its beginning to its end
+
+
+def test_a_vision_run_shows_what_it_does(walker):
+    logdir, out = walker
+    assert (
+        "INFO - Training dmc_walker_walk on cpu from 2 environments: observes image 32x32x3; acts 6 continuous" in out
+    )
+    for module in ("encoder", "rssm", "decoder", "reward", "cont", "actor", "critic (extrinsic)", "total"):
+        assert re.search(rf"^{re.escape(module)} +\d+\.\d{{3}} M$", out, re.M), module
+    assert re.search(r"INFO - Replay: up to 120 agent steps in \S+ GB of memory; 0 stored so far", out)
+    assert f"INFO - Watch: tensorboard --logdir {logdir}\n" in out
+    assert re.search(r"Progress: 240/240 frames \| \S+ frames/s \| 14 updates \| return [\d.]+ \| 0s left", out)
+    assert "0 updates | return - |" in out  # not nan
+    returns = re.findall(r"^INFO - Episode return: (-?\d+\.\d), length: (\d+)$", out, re.M)
+    assert [length for _, length in returns] == ["30"] * 4  # time_limit 60 frames, 2 a step
+    lines = re.findall(r"^INFO - Step (\d+): (\{.*\})$", out, re.M)
+    assert [int(step) for step, _ in lines] == [80, 160, 240, 240]
+    assert ast.literal_eval(lines[-1][1]).keys() == {"eval/return", "eval/length"}
+    shown = ast.literal_eval(lines[-2][1])
+    assert {"world/recon_loss", "world/kl_loss", "policy/policy_loss", "time/fps"} <= shown.keys()
+    assert f"INFO - Finished at frame 240; saved in {logdir}\n" in out
+    assert "Traceback" not in out
+
+
+def test_a_vision_run_leaves_everything_in_its_logdir(walker):
+    logdir, _ = walker
+    found = {re.sub(r"events\.out\.tfevents.*", "events", path.name) for path in logdir.iterdir()}
+    expected = {"config.yaml", "latest.pt", "log.txt", "metrics.jsonl", "events", "train_eps", "eval_eps", "videos"}
+    assert found - {f for f in found if f.startswith("eval-")} == expected
+    saved = configuration.Config.read(logdir / "config.yaml")
+    assert saved == configuration.resolve_paths(
+        configuration.load([*WALKER, "--steps", "240", "--logdir", str(logdir)])
+    )
+    text = (logdir / "metrics.jsonl").read_text()
+    assert all(line.startswith('{"step": ') for line in text.splitlines())
+    rows = metrics(logdir)
+    names = set().union(*rows)
+    assert {"episode/return", "episode/length", "eval/return", "eval/length", "world/recon_loss"} <= names
+    assert {"world/kl_loss", "policy/policy_loss", "opt/grad_norm", "replay/steps", "time/fps"} <= names
+    assert all(value is not None for row in rows for value in row.values())  # null would be a NaN
+    assert [row["step"] for row in rows] == [80, 160, 240, 240]
+    assert rows[-2]["replay/steps"] == 120 and rows[-2]["train/updates"] == 14 and rows[-1]["eval/length"] == 30
+
+
+def test_tensorboard_has_scalars_videos_and_predictions(walker):
+    logdir, _ = walker
+    events = EventAccumulator(str(logdir), size_guidance={"images": 0, "scalars": 0}).Reload()
+    names = set().union(*metrics(logdir)) - {"step"}
+    assert set(events.Tags()["scalars"]) == names
+    assert [event.step for event in events.Scalars("eval/return")] == [240]
+    films = {}
+    for tag in ("open_loop/image", "eval/episode"):
+        (event,) = events.Images(tag)
+        with Image.open(io.BytesIO(event.encoded_image_string)) as film:
+            assert film.format == "GIF"
+            films[tag] = (film.size, film.n_frames)
+    assert films["open_loop/image"] == ((6 * 36, 3 * 36), 8)  # six windows; truth, model, error; framed
+    assert films["eval/episode"][0] == (32, 32) and 25 <= films["eval/episode"][1] <= 31
+    for name in ("open_loop_image", "eval_episode"):
+        assert len(imageio.mimread(logdir / "videos" / f"{name}-000000240.mp4", memtest=False)) >= 8
+
+
+def test_evaluation_of_a_checkpoint(walker):
+    logdir, _ = walker
+    before = files(logdir)
+    done = start("--mode", "eval", "--checkpoint", logdir / "latest.pt", "--episodes", 3, "--eval_envs", 1)
+    assert done.returncode == 0, done.stderr
+    assert f"{logdir / 'latest.pt'} (frame 240) on dmc_walker_walk, mode:\n" in done.stdout
+    assert re.search(r"^return \d+\.\d ± \d+\.\d over 3 episodes \(mean length 30\)$", done.stdout, re.M), done.stdout
+    film = Path(re.search(r"film of the first: (.*\.mp4)", done.stdout)[1])
+    frames = imageio.mimread(film, memtest=False)
+    assert len(frames) >= 30 and frames[0].shape == (256, 256, 3)
+    assert {**files(logdir), film.name: b""} == {**before, film.name: b""}  # nothing else was touched
+
+
+def test_the_same_command_after_the_end_and_with_more_steps(walker, tmp_path):
+    logdir = Path(shutil.copytree(walker[0], tmp_path / "moved"))
+    before = tools.load_checkpoint(logdir / "latest.pt")
+    stored = files(logdir / "train_eps")
+    out = succeed(*WALKER, "--steps", 240, "--logdir", logdir)
+    assert "Resuming at frame 240, update 14" in out and "Finished at frame 240" in out
+    after = tools.load_checkpoint(logdir / "latest.pt")
+    for part in ("world_model", "behavior"):
+        assert same(before[part], after[part])
+    assert after["counters"] == before["counters"] and files(logdir / "train_eps") == stored
+    assert len(metrics(logdir)) == len(metrics(walker[0]))
+    out = succeed(*WALKER, "--steps", 300, "--logdir", logdir)
+    assert "Finished at frame 300" in out
+    counters = tools.load_checkpoint(logdir / "latest.pt")["counters"]
+    assert counters["agent_steps"] == 150 and counters["updates"] == int((150 - 64) * 8 / 32)
+    assert files(logdir / "train_eps").items() >= stored.items() - {
+        item for item in stored.items() if not item[0].endswith("-0031.npz")
+    }
+    steps = [row["step"] for row in metrics(logdir)]
+    assert steps == sorted(steps) and steps[-1] == 300
+
+
+def test_cartpole_with_processes_and_proprio(tmp_path):
+    done = start(*DEBUG, *"--task gym_CartPole-v1 --parallel process --steps 160 --log_every 80".split(),
+                 "--logdir", tmp_path / "{task}")  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert "observes vector 4; acts 2 discrete" in done.stdout
+    logdir = tmp_path / "gym_CartPole-v1"
+    names = set().union(*metrics(logdir))
+    assert {"episode/return", "eval/return", "world/recon_loss", "world/recon_vector"} <= names
+    assert len(list((logdir / "eval_eps").glob("*.npz"))) == 1
+
+
+def test_proprio_run(tmp_path):
+    flags = (
+        "--configs dmc_proprio debug --device cpu --threads 1 --steps 160 --tensorboard false --log_every 80".split()
+    )
+    out = succeed(*flags, "--logdir", tmp_path)
+    assert "observes orientations 14, height 1, velocity 9; acts 6 continuous" in out
+    rows = metrics(tmp_path)
+    assert {"world/recon_height", "world/recon_orientations", "eval/return"} <= set().union(*rows)
+    assert [path.name for path in (tmp_path / "videos").iterdir()] == ["eval_episode-000000160.mp4"]
+
+
+# 2. What is wrong, in one line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_asked_for_and_absent(tmp_path):
+    text = fail(*CARTPOLE, "--device", "cuda", "--logdir", tmp_path)
+    assert re.fullmatch(r"Error: --device cuda: torch .*Use --device cpu, or --configs \.\.\. cpu.*", text)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+    ],
+    ids=["cuda", "host"],
+)
+def test_out_of_memory_names_the_keys_that_help(error, tmp_path, monkeypatch):
+    def train_step(*args):
+        raise error
+
+    monkeypatch.setattr(Dreamer, "train_step", train_step)
+    text = fail(*CARTPOLE, "--logdir", tmp_path)
+    assert "batch_size" in text and "batch_length" in text and "size12m" in text
+    assert ("dataset_size" in text) == isinstance(error, RuntimeError) * ("CPU" in str(error))
+
+
+def test_a_logdir_of_another_configuration(begun):
+    checkpoint, saved = (begun / "latest.pt").read_bytes(), (begun / "config.yaml").read_bytes()
+    flags = [*CARTPOLE, "--logdir", begun]
+    text = fail(*flags, "--steps", 130, "--batch_size", 5)
+    assert f"{begun} belongs to another configuration: batch_size was 4, is now 5." in text
+    assert "another --logdir" in text and "--batch_size 4" in text and "--force true" in text
+    text = fail(*flags, "--steps", 130, "--encoder.units", 24, "--force", "true")
+    assert "The checkpoint's networks differ from the configured ones: " in text and "size mismatch" in text
+    assert (begun / "latest.pt").read_bytes() == checkpoint and (begun / "config.yaml").read_bytes() == saved
+    succeed(*flags, "--steps", 130)
+    succeed(*flags, "--steps", 140, "--batch_size", 5, "--force", "true")
+    assert configuration.Config.read(begun / "config.yaml").batch_size == 5
+    succeed(*flags, "--steps", 150, "--batch_size", 5)  # now it is this run's own
+
+
+def test_a_mistake_leaves_a_logdir_that_can_be_used(tmp_path):
+    fail(*CARTPOLE, "--task", "gym_CartPoll-v1", "--logdir", tmp_path)
+    fail(*CARTPOLE, "--encoder.mlp_keys", "position", "--logdir", tmp_path)
+    succeed(*CARTPOLE, "--steps", 20, "--logdir", tmp_path)
+
+
+def test_damaged_pieces_are_set_aside_and_the_run_goes_on(begun):
+    noise, cut = (next((begun / "train_eps").glob(f"{stream}-e000000-p000-*.npz")) for stream in ("s000", "s001"))
+    noise.write_bytes(np.random.default_rng(0).bytes(500))
+    cut.write_bytes(cut.read_bytes()[:-300])
+    damaged = {path.name: path.read_bytes() for path in (noise, cut)}
+    out = succeed(*CARTPOLE, "--steps", 200, "--logdir", begun)
+    for path in (noise, cut):
+        assert re.search(rf"WARNING - {path} is damaged \(.*\); moved to {begun}/train_eps/corrupt/{path.name}", out)
+    assert files(begun / "train_eps" / "corrupt") == damaged
+    rows = [row for row in metrics(begun) if "replay/corrupt" in row]
+    assert rows[0]["replay/corrupt"] == 0 and rows[-1]["replay/corrupt"] == 2
+    assert "Finished at frame 20" in out
+
+
+def test_a_folder_that_cannot_be_used(tmp_path):
+    (tmp_path / "file").write_text("")
+    for flag in ("--logdir", "--traindir"):
+        text = fail(*CARTPOLE, "--logdir", tmp_path / "run", flag, tmp_path / "file" / "below")
+        assert f"Could not write {tmp_path / 'file' / 'below'}" in text and "Not a directory" in text
+
+
+def test_a_damaged_checkpoint_is_one_line(begun):
+    path = begun / "latest.pt"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    text = fail(*CARTPOLE, "--logdir", begun)
+    assert str(path) in text and "truncated" in text and "move this one away" in text
+    assert path.stat().st_size == len(content) // 2
+    assert str(path) in fail("--mode", "eval", "--checkpoint", path)
+    assert "found no such checkpoint" in fail("--mode", "eval", "--checkpoint", begun / "best.pt")
+    path.rename(begun / "aside.pt")
+    out = succeed(*CARTPOLE, "--steps", 130, "--logdir", begun)  # its data is used, its updates are owed
+    assert re.search(r"Resuming at frame 12\d, update 0", out)
+    assert tools.load_checkpoint(path)["counters"]["updates"] == int((129 - 64) * 8 / 32)
+
+
+def test_a_file_that_is_no_checkpoint_of_this_program(tmp_path):
+    tools.save_checkpoint(tmp_path / "other.pt", {"weights": torch.zeros(3)})
+    assert "other.pt" in fail("--mode", "eval", "--checkpoint", tmp_path / "other.pt", "--device", "cpu")
+    assert "other.pt" in fail(*CARTPOLE, "--checkpoint", tmp_path / "other.pt", "--logdir", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        (["--encoder.mlp_keys", "position"], ["encoder.mlp_keys is 'position'", "vector (vector)", "image (image)"]),
+        (["--decoder.cnn_keys", "camera.*"], ["decoder.cnn_keys is 'camera.*'", "none of the image observations"]),
+        (["--encoder.*_keys", "$^"], ["match no observation", "vector", "image"]),
+        (["--image_size", 30, 32], ["30x32 cannot be halved 4 times", "multiples of 16", "--image_size 32 32"]),
+    ],
+)
+def test_observations_that_the_networks_cannot_take(flags, parts, tmp_path):
+    register_env("toy", lambda config: Toy(frame=tuple(config.image_size)))
+    text = fail(*BARE, "--task", "toy", "--image_size", 32, 32, *flags, "--logdir", tmp_path)
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "task, parts",
+    [
+        ("dmc_walker_wlk", ["dmc_walker_wlk", "did you mean dmc_walker_walk"]),
+        ("dcm_walker_walk", ["Unknown task 'dcm_walker_walk'", "did you mean dmc_<domain>_<task>"]),
+        ("gym_CartPoll-v1", ["gym_CartPoll-v1", "CartPole"]),
+        ("atari_pongg", ["atari_pongg"]),
+        ("crafter_rewrd", ["did you mean crafter_reward"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_unknown_tasks(task, parts, tmp_path):
+    text = fail(*BARE, "--task", task, "--logdir", tmp_path)
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "task, package, file",
+    [("crafter_reward", "crafter", "crafter"), ("atari_pong", "ale_py", "atari")],
+)
+def test_missing_packages(task, package, file, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f"pip install -r requirements/{file}.txt" in fail(*BARE, "--task", task, "--logdir", tmp_path)
+
+
+def test_an_environment_that_raises_shows_its_own_traceback(tmp_path):
+    module = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(module)  # so that the workers do not import torch with this file
+    register_env("toy", broken)
+    flags = [*BARE, *"--task toy --envs 1 --parallel process --steps 100 --logdir".split(), tmp_path]
+    try:
+        status, _, err = run(*flags)
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
+    assert status == 1
+    assert err.startswith("Error: environment 0 failed in step:\nTraceback")
+    assert "ZeroDivisionError: the toy broke" in err and "in step" in err
+
+
+def broken():
+    """An environment of plain numpy, pickled by value."""
+    import gymnasium
+    import numpy
+
+    class Broken(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-1, 1, (2,), numpy.float32)
+        action_space = gymnasium.spaces.Discrete(2)
+        count = 0
+
+        def reset(self, seed=None, options=None):
+            return numpy.zeros(2, numpy.float32), {}
+
+        def step(self, action):
+            self.count += 1
+            if self.count == 7:
+                raise ZeroDivisionError("the toy broke")
+            return numpy.zeros(2, numpy.float32), 0.0, False, False, {}
+
+    return Broken()
+
+
+def test_nan_in_an_observation_is_found_when_it_is_stored(tmp_path):
+    register_env("toy", lambda config, mode, index: Toy(nan_at=4 if index == 1 else None))
+    text = fail(*BARE, "--task", "toy", "--logdir", tmp_path)
+    assert "observation 'vector' from stream 1 (environment 1), step 4 of the stream, episode 0: found nan" in text
+
+
+# 3. Updates that are not finite
+
+
+def poison(batch, key="reward"):
+    batch[key][:, 1] = np.nan
+    return batch
+
+
+def test_updates_that_stay_bad_stop_the_run_and_leave_the_checkpoint(tmp_path):
+    flags = "--batch_size 2 --batch_length 4 --imag_horizon 1 --train_ratio 32 --opt.max_bad 60".split()
+    flags += "--steps 2000 --save_every 70 --log_every 10".split()  # saved at 70, after about 20 updates
+    trainer = make_trainer(tmp_path, "--task", "gym_CartPole-v1", *flags)
+    sample, seen = trainer.replay.sample, {}
+
+    def poisoned(size):
+        if trainer.updates == 35:
+            seen.update(weights(trainer.agent))
+        batch = sample(size)
+        return poison(batch) if trainer.updates >= 35 else batch
+
+    trainer.replay.sample = poisoned
+    with contextlib.closing(trainer), pytest.raises(UserError) as raised:
+        trainer.run()
+    assert "not finite in the last 65 updates (up to update 100)" in str(raised.value)
+    assert str(tmp_path / "latest.pt") in str(raised.value) and "\n" not in str(raised.value)
+    assert same(weights(trainer.agent), seen)
+    assert int(trainer.agent.optimizer.bad) == int(trainer.agent.optimizer.bad_total) == 65
+    kept = tools.load_checkpoint(tmp_path / "latest.pt")
+    assert 0 < kept["counters"]["updates"] <= 35
+    assert all(value.isfinite().all() for value in kept["world_model"].values())
+    counted = [row["opt/bad_updates"] for row in metrics(tmp_path) if "opt/bad_updates" in row]
+    assert counted[0] == 0 and counted[-1] > 5  # averages since the line before
+    with contextlib.closing(make_trainer(tmp_path, "--task", "gym_CartPole-v1", *flags)) as resumed:
+        assert resumed.updates == kept["counters"]["updates"]
+
+
+@pytest.mark.parametrize("key", ["reward", "vector", "action", "context"])
+def test_one_bad_update_changes_nothing_and_the_next_is_good(key):
+    agent = make_agent("--opt.warmup", 0)
+    agent.train_step(random_batch(agent))
+    before, batch = weights(agent), random_batch(agent)
+    place = batch["context"]["deter"] if key == "context" else batch[key]
+    place[1] = np.nan
+    agent.train_step(batch)
+    assert same(weights(agent), before)
+    assert int(agent.optimizer.bad) == 1
+    metrics, _ = agent.train_step(random_batch(agent))
+    assert all(value.isfinite() for value in metrics.values())
+    assert not same(weights(agent), before)
+    assert int(agent.optimizer.bad) == 0 and int(metrics["opt/bad_updates"]) == 1
+
+
+# 4. A full disk
+
+FULL = """
+mount -t tmpfs -o size=2m none "$1" && cp -r "$2"/. "$1" && shift 2
+dd if=/dev/zero of="$LOGDIR/filler" bs=1k count=$(($(df -k --output=avail "$LOGDIR" | tail -1) - $ROOM)) 2> /dev/null
+"$@"
+echo "status $?"
+cp "$LOGDIR"/* "$RESULT" 2> /dev/null
+ls -A "$LOGDIR" "$LOGDIR/train_eps"
+"""
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(cartpole, tmp_path):
+    mounted, result = tmp_path / "mounted", tmp_path / "result"
+    mounted.mkdir(), result.mkdir()
+    command = [sys.executable, str(ROOT / "dreamer.py"), *CARTPOLE, "--steps", "100000", "--logdir", str(mounted)]
+    shell = ["unshare", "--mount", "--map-root-user", "sh", "-c", FULL, "sh", str(mounted), str(cartpole), *command]
+    if not shutil.which("unshare"):
+        pytest.skip("unshare is not installed")
+    environment = os.environ | {"LOGDIR": str(mounted), "RESULT": str(result), "ROOM": "200"}
+    done = subprocess.run(shell, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=280)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip("no small file system can be mounted here")
+    assert "status 1\n" in done.stdout and "Traceback" not in done.stderr, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert re.search(r"Could not write .*(No space left on device|the disk is full)", line), line
+    assert "Free some space" in line
+    kept = tools.load_checkpoint(result / "latest.pt")
+    assert kept["counters"] == tools.load_checkpoint(cartpole / "latest.pt")["counters"]
+    assert ".tmp" not in done.stdout.partition("status")[2]
+
+
+def test_a_disk_that_is_full_from_the_start(begun, monkeypatch):
+    before = files(begun)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    text = fail(*CARTPOLE, "--steps", 200, "--logdir", begun)
+    assert f"Could not write {begun / 'config.yaml'}: No space left on device" in text and "Free some space" in text
+    assert {**files(begun), "log.txt": b""} == {**before, "log.txt": b""}
+
+
+# 5. Recorded episodes
+
+
+def write_older_episodes(folder: Path, lengths: list[int]) -> None:
+    """As older ports record: no is_last, no latents; the action of a row led to it."""
+    folder.mkdir(exist_ok=True)
+    generator = np.random.default_rng(0)
+    for number, length in enumerate(lengths):
+        action = np.eye(3, dtype=np.float32)[generator.integers(3, size=length)]
+        action[0] = 0
+        first, terminal = np.zeros((2, length), bool)
+        first[0], terminal[-1] = True, number % 2
+        np.savez_compressed(
+            folder / f"2023010{number}T120000-{number}-{length}.npz",
+            **{"image": generator.integers(256, size=(length, 16, 16, 3), dtype=np.uint8), "action": action},
+            **{"reward": generator.normal(size=length).astype(np.float32), "discount": 1 - terminal.astype(np.float32)},
+            **{"is_first": first, "is_terminal": terminal, "logprob": np.zeros(length, np.float32)},
+        )
+
+
+def test_offline_from_episodes_of_older_ports(tmp_path):
+    write_older_episodes(tmp_path / "eps", [30, 25, 40])
+    flags = [*DEBUG, *"--task none --steps 60 --log_every 20 --eval_every 30".split()]
+    flags += ["--offline_traindir", tmp_path / "eps", "--offline_evaldir", tmp_path / "eps"]
+    before = files(tmp_path / "eps")
+    out = succeed(*flags, *"--*.mults 2 4 --logdir".split(), tmp_path / "run")
+    assert "observes image 16x16x3; acts 3 discrete" in out
+    assert f"Training none on cpu from recorded episodes in {tmp_path / 'eps'}" in out
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["train/updates"] == 15 and rows[-1]["step"] == 60  # 8 steps trained on per frame, 32 an update
+    assert all(np.isfinite(row["world/recon_image"]) for row in rows)
+    assert files(tmp_path / "eps") == before
+    assert (tmp_path / "run" / "videos" / "open_loop_image-000000032.mp4").exists()
+
+
+def test_too_few_recorded_steps(tmp_path):
+    write_older_episodes(tmp_path / "eps", [6])
+    text = fail(
+        *DEBUG, "--task", "none", "--*.mults", 2, 4, "--offline_traindir", tmp_path / "eps", "--logdir", tmp_path
+    )
+    assert "holds 6 steps, too few for one window of batch_length + 1 = 9" in text
+    (tmp_path / "none").mkdir()
+    text = fail(*DEBUG, "--task", "none", "--offline_traindir", tmp_path / "none", "--logdir", tmp_path)
+    assert str(tmp_path / "none") in text and ".npz" in text
+
+
+def test_offline_needs_a_train_ratio_to_count_by():
+    with pytest.raises(configuration.ConfigError, match="train_ratio is 0; expected more where offline_traindir is"):
+        configuration.load([*DEBUG, *"--task none --offline_traindir eps --train_ratio 0".split()])
+
+
+def test_offline_with_a_task_to_evaluate_on(cartpole, tmp_path):
+    flags = [*DEBUG, *"--task gym_CartPole-v1 --steps 20 --log_every 10 --tensorboard false".split()]
+    succeed(*flags, "--offline_traindir", cartpole / "train_eps", "--logdir", tmp_path)
+    rows = metrics(tmp_path)
+    assert any("eval/return" in row for row in rows) and not list(tmp_path.glob("train_eps/*.npz"))
+    kept = tools.load_checkpoint(tmp_path / "latest.pt")
+    assert kept["counters"]["updates"] == 5  # 20 frames at 8 steps each, 32 an update
+
+
+# 6. Options of learning
+
+
+SPACES = {
+    "image": spaces.Box(0, 255, (16, 24, 3), np.uint8),
+    "vector": spaces.Box(-np.inf, np.inf, (5,), np.float32),
+    "room": spaces.Discrete(4),
+}
+CONTINUOUS = spaces.Box(-1, 1, (2,), np.float32)
+
+
+def make_agent(*flags, act_space=CONTINUOUS) -> Dreamer:
+    torch.manual_seed(0)
+    flags = ["--configs", "debug", "--*.mults", 2, 4, "--opt.warmup", 2, *flags]
+    return Dreamer(SPACES, act_space, configuration.load([str(flag) for flag in flags]))
+
+
+def random_batch(agent: Dreamer, batch=3, time=5, seed=0) -> dict:
+    """As the replay gives: frames uint8, an episode's end and beginning inside, one context without a latent."""
+    generator = np.random.default_rng(seed)
+    rssm, lead = agent.world_model.rssm, (batch, time)
+    first, last = np.zeros((2, *lead), bool)
+    last[0, 2], first[0, 3] = True, True
+    if agent.classes:
+        one_hots = [np.eye(n, dtype=np.float32)[generator.integers(n, size=(batch, time + 1))] for n in agent.classes]
+        action = np.concatenate(one_hots, -1)
+    else:
+        action = generator.normal(size=(batch, time + 1, agent.action_size)).astype(np.float32)
+    if rssm.discrete:
+        stoch = generator.integers(rssm.discrete, size=(batch, rssm.stoch)).astype(np.uint8)
+    else:
+        stoch = generator.normal(size=(batch, rssm.stoch)).astype(np.float16)
+    context = {"deter": generator.uniform(-1, 1, (batch, rssm.deter)).astype(np.float16), "stoch": stoch}
+    context |= {"action": action[:, 0], "valid": np.arange(batch) != 1}
+    return agent.to_device(
+        {
+            "image": generator.integers(256, size=(*lead, 16, 24, 3), dtype=np.uint8),
+            "vector": generator.normal(size=(*lead, 5)).astype(np.float32),
+            "room": generator.integers(4, size=lead),
+            **{f"present/{key}": generator.random(lead) < 0.9 for key in SPACES},
+            "reward": generator.normal(size=lead).astype(np.float32),
+            **{"is_first": first, "is_last": last, "is_terminal": last},
+            "action": np.where(last[..., None], 0, action[:, 1:]).astype(np.float32),
+            "context": context,
+        }
+    )
+
+
+OPTIONS = [
+    "",
+    "--imag_gradient dynamics",
+    "--imag_gradient both",
+    "--imag_gradient dynamics --critic.slow_target true",
+    "--dyn.discrete 0",
+    "--dyn.discrete 0 --imag_gradient both",
+    "--dyn.cell gru",
+    "--dyn.dyn_layers 2 --dyn.obs_layers 2 --dyn.img_layers 1",
+    "--encoder.downsample stride --decoder.upsample transposed",
+    "--decoder.image_dist mse --decoder.vector_dist mse",
+    "--decoder.image_dist normal --decoder.vector_dist normal",
+    "--reward_head.dist symlog_disc --critic.dist symlog_disc",
+    "--reward_head.dist symlog_mse --critic.dist mse",
+    "--reward_head.dist normal --critic.dist normal",
+    "--reward_EMA false",
+    "--contdisc false",
+    "--grad_heads decoder",
+    "--grad_heads reward cont",
+    "--opt.name adam --opt.agc 0 --opt.clip 1000 --opt.eps 1e-8 --opt.actor_lr 3e-5 --opt.critic_lr 3e-5",
+    "--precision bfloat16",
+    "--critic.slow_target true --critic.slow_target_update 2 --critic.slow_target_fraction 1",
+    "--critic.slow_regularizer 0",
+    "--encoder.symlog false --*.act elu",
+    "--encoder.cnn_keys $^ --decoder.cnn_keys $^",
+]
+# Where gradient flows through actions, both kinds of action; elsewhere they take turns.
+CASES = [
+    (flags, kind)
+    for number, flags in enumerate(OPTIONS)
+    for kind in ("continuous", "discrete")
+    if "imag_gradient" in flags or (kind == "discrete") == number % 2
+]
+
+
+@pytest.mark.parametrize("flags, kind", CASES)
+def test_every_option_learns(flags, kind):
+    check_learns(make_agent(*flags.split(), act_space=CONTINUOUS if kind == "continuous" else spaces.Discrete(3)))
+
+
+def test_several_discrete_actions_learn():
+    agent = make_agent(act_space=spaces.MultiDiscrete([2, 3]))
+    assert agent.classes == [2, 3] and agent.action_size == 5
+    check_learns(agent)
+
+
+def check_learns(agent: Dreamer) -> None:
+    """Three updates: finite, every part moves, latents come back as they are stored."""
+    before = weights(agent)
+    for seed in range(3):
+        metrics, (deter, stoch) = agent.train_step(random_batch(agent, seed=seed))
+        assert all(value.ndim == 0 and value.isfinite() for value in metrics.values()), metrics
+    assert int(agent.optimizer.updates) == 3 and int(agent.optimizer.bad_total) == 0
+    rssm, after = agent.world_model.rssm, weights(agent)
+    assert deter.shape == (3, 5, rssm.deter) and deter.dtype == torch.float16
+    assert stoch.shape == (3, 5, rssm.stoch) and stoch.dtype == (torch.uint8 if rssm.discrete else torch.float16)
+    moved = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert moved == {"encoder", "rssm", "decoder", "reward", "cont", "actor", "streams"}
+    obs = {key: value[:, 0].numpy() for key, value in random_batch(agent).items() if key in SPACES}
+    action, state = agent.policy({**obs, "is_first": np.ones(3, bool)}, agent.initial(3))
+    assert action.shape == (3, agent.action_size) and np.isfinite(action).all()
+    assert [value.dtype for value in agent.latents(state)] == [np.float16, np.uint8 if rssm.discrete else np.float16]
+
+
+@pytest.mark.slow
+def test_compiled_run(tmp_path):
+    done = start(*CARTPOLE, "--steps", 100, "--compile", "true", "--logdir", tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert metrics(tmp_path)[-1]["opt/bad_updates"] == 0
+
+
+# 7. Acting
+
+
+def test_acting_sees_what_learning_sees():
+    """Frames are scaled once in both: the same data and noise give the same posterior, through an episode's border."""
+    agent, time, count = make_agent(), 6, 2
+    generator = np.random.default_rng(0)
+    obs = {
+        "image": generator.integers(256, size=(count, time, 16, 24, 3), dtype=np.uint8),
+        "vector": generator.normal(size=(count, time, 5)).astype(np.float32),
+        "room": generator.integers(4, size=(count, time)),
+        "present/vector": generator.random((count, time)) < 0.7,
+        "is_first": np.zeros((count, time), bool),
+    }
+    obs["is_first"][:, 0] = obs["is_first"][1, 3] = True
+    noise = torch.Generator().manual_seed(5)
+    state, acted, actions = agent.initial(count), [], []
+    for t in range(time):
+        step = {key: value[:, t] for key, value in obs.items()} | {"log_x": np.zeros(count)}
+        action, state = agent.policy(step, state, sample=False, generator=noise)
+        acted.append(state["latent"]), actions.append(action)
+        features_now = features(state["latent"])
+        assert np.array_equal(action, agent.behavior.actor(features_now).mode().detach().numpy())
+    again = torch.Generator().manual_seed(5)
+    latent_noise = torch.stack([agent._latent_noise(count, generator=again) for _ in range(time)], 1)
+    zeros = agent.to_device({"deter": np.zeros((count, 32), np.float16), "stoch": np.zeros((count, 4), np.uint8)})
+    zeros |= agent.to_device({"action": np.ones((count, 2), np.float32), "valid": np.zeros(count, bool)})
+    batch = agent.to_device({**obs, "action": np.stack(actions, 1)}) | {"context": zeros}
+    post, _ = agent.world_model.observe(batch, latent_noise)
+    for key in ("deter", "stoch"):
+        assert torch.allclose(torch.stack([latent[key] for latent in acted], 1), post[key], atol=1e-6), key
+
+
+def test_sampled_actions_differ_and_the_mode_does_not():
+    agent = make_agent()
+    obs = {key: value[:, 0].numpy() for key, value in random_batch(agent).items() if key in SPACES}
+    obs["is_first"] = np.ones(3, bool)
+
+    def act(sample, seed):
+        return agent.policy(obs, agent.initial(3), sample, torch.Generator().manual_seed(seed))[0]
+
+    assert np.array_equal(act(True, 1), act(True, 1)) and not np.array_equal(act(True, 1), act(True, 2))
+    assert act(True, 1).std() > 0.3 and np.abs(act(False, 1)).max() < 0.3  # a new actor: mean about 0, deviation 0.9
+
+
+# 8. The training loop's accounts
+
+
+def make_trainer(logdir, *flags) -> Trainer:
+    return Trainer(configuration.load([str(flag) for flag in (*BARE, "--logdir", logdir, *flags)]))
+
+
+def test_updates_follow_the_agent_steps(tmp_path):
+    """After a random prefill `pretrain` updates, then exactly train_ratio / (batch_size * batch_length) a step."""
+    register_env("toy", lambda config, mode, index: Toy(length=7 + index))
+    flags = "--task toy --envs 3 --steps 240 --action_repeat 2 --prefill 50 --pretrain 5 --train_ratio 12".split()
+    trainer = make_trainer(tmp_path, *flags, "--time_limit", 0)
+    trace, sent, chosen = [], [], []
+    train, send, policy = trainer.train, trainer.envs.send, trainer.agent.policy
+
+    def traced_train():
+        train()
+        trace.append((trainer.replay.steps, trainer.updates))
+
+    def traced_send(action):
+        sent.append(action.copy())
+        send(action)
+
+    def traced_policy(*args, **kwargs):
+        chosen.append(trainer.replay.steps)
+        return policy(*args, **kwargs)
+
+    trainer.train, trainer.envs.send, trainer.agent.policy = traced_train, traced_send, traced_policy
+    with contextlib.closing(trainer):
+        trainer.run()
+    begin = next(steps for steps, _ in trace if steps >= 50)
+    assert begin < 53 and trainer.frames == 2 * trainer.replay.steps >= 240
+    for steps, updates in trace:
+        assert updates == (0 if steps < 50 else 5 + int((steps - begin) * 12 / 32)), steps
+    assert trace[-1][1] > 5 + 20
+    random = Random(trainer.act_space, seed=trainer.config.seed + 2)
+    prefilled = len(sent) - len(chosen)
+    assert chosen[0] == begin
+    assert all(np.array_equal(action, random.policy(3)) for action in sent[:prefilled])
+    stored = np.concatenate([np.load(path)["action"] for path in (tmp_path / "train_eps").glob("*-e000000-*.npz")])
+    assert stored.min() < -0.5 and stored.max() > 0.5 and np.abs(stored).max() <= 1
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_evaluation_plays_whole_episodes_with_the_mode(sample, tmp_path):
+    register_env("toy", lambda config, mode, index: Toy(length=5 + 4 * index, frame=(16, 16)))
+    flags = "--task toy --image_size 16 16 --*.mults 2 4 --eval_every 1000 --eval_envs 2 --eval_episode_num 3".split()
+    trainer = make_trainer(tmp_path, *flags, "--eval_sample", sample, "--steps", 30)
+    used, policy = [], trainer.agent.policy
+
+    def traced_policy(obs, state, sample, generator):
+        used.append(sample)
+        return policy(obs, state, sample, generator)
+
+    trainer.agent.policy = traced_policy
+    with contextlib.closing(trainer):
+        trainer.evaluate()
+    assert set(used) == {sample}
+    (row,) = metrics(tmp_path)
+    assert row["eval/return"] == row["eval/length"] == pytest.approx((5 + 5 + 9) / 3)  # two episodes there, one here
+    trainer.eval_replay.flush()
+    episodes = [np.load(path) for path in sorted((tmp_path / "eval_eps").glob("*.npz"))]
+    whole = [len(episode["reward"]) for episode in episodes if episode["is_last"][-1] and episode["is_terminal"][-1]]
+    assert whole == [6, 6, 10]  # the last step is there too
+
+
+def test_play_films_the_first_episode():
+    register_env("toy", lambda config, mode, index: Toy(length=5, frame=(16, 16)))
+    config = configuration.load([*BARE, *"--task toy --image_size 16 16 --*.mults 2 4".split()])
+    vector = make_envs(config, "eval", 2)
+    with contextlib.closing(vector):
+        agent = Dreamer(vector.obs_space, vector.act_space, config)
+        returns, lengths, film = play(agent, vector, 5, False, torch.Generator().manual_seed(0), film=True)
+    assert returns == [5.0] * 5 and lengths == [5] * 5
+    assert film[:5, 0, 0, 0].tolist() == [0, 1, 2, 3, 4] and len(film) <= 6
+
+
+def test_evaluating_more_often_changes_nothing_in_training(tmp_path):
+    rows = []
+    for every in (30, 70):
+        flags = [*BARE, *"--task gym_CartPole-v1 --steps 120 --log_every 20 --deterministic_run true".split()]
+        logdir = tmp_path / str(every)
+        succeed(*flags, "--eval_every", every, "--video_pred_log", "true", "--logdir", logdir)
+        rows.append([row for row in metrics(logdir) if "eval/return" not in row])
+        for row in rows[-1]:
+            row.pop("time/fps", None)
+        assert len(metrics(logdir)) - len(rows[-1]) == {30: 4, 70: 2}[every]
+    assert len(rows[0]) == 6 and rows[0] == rows[1]
+
+
+def test_failures_close_the_environments(tmp_path):
+    """Nothing is left running where a run cannot begin or ends by an error."""
+    closed = []
+
+    class Closing(Toy):
+        def close(self):
+            closed.append(self)
+
+    register_env("toy", lambda config: Closing(raise_at=3))
+    with contextlib.closing(make_trainer(tmp_path, "--task", "toy", "--steps", 100)) as trainer:
+        with pytest.raises(EnvError, match="the toy broke"):
+            trainer.run()
+    assert len(closed) == 2
+    (tmp_path / "latest.pt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="latest.pt"):
+        make_trainer(tmp_path, "--task", "toy", "--steps", 100)
+    assert len(closed) == 4
