@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and typin
 
     CONFIG = configuration.main_load()
 
+import fcntl
 import functools
 import logging
 import math
@@ -255,6 +256,11 @@ class Trainer:
     def _claim_logdir(self) -> None:
         """A logdir belongs to one configuration: a differing one is an error that says what differs, unless `force`."""
         self.logdir.mkdir(parents=True, exist_ok=True)
+        self.lock = (self.logdir / ".lock").open("w")  # held until the process ends, however it ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another process is training in {self.logdir}: stop it, or use another --logdir") from None
         saved = self.logdir / "config.yaml"
         begun = (self.logdir / "latest.pt").exists() or any(Path(self.config.traindir).glob("*.npz"))
         if saved.exists() and begun and not self.config.force:
@@ -592,6 +598,7 @@ class Trainer:
                 envs.close()
         if hasattr(self, "logger"):
             self.logger.close()
+        self.lock.close()
 
 
 def load_run(path: str | Path, device: torch.device) -> dict:
