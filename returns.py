@@ -46,7 +46,7 @@ class ReturnNormalizer(nn.Module):
     def update(self, returns: Float[Tensor, "*s"]) -> None:
         flat = returns.detach().to(self.lo.dtype).flatten()
         lo, hi = torch.quantile(flat, self.quantiles.to(flat.dtype))
-        finite = torch.isfinite(lo) & torch.isfinite(hi)
+        finite = torch.isfinite(flat).all()
         for average, new in ((self.lo, lo), (self.hi, hi)):
             average.copy_(torch.where(finite, average + self.rate * (new - average), average))
 
