@@ -93,6 +93,8 @@ RANGES = {
     "dyn.stoch": ">= 1",
     "dyn.discrete": ">= 0, <= 256",  # a class index is stored in one byte
     "*.blocks": ">= 1",
+    "dyn.dyn_layers": ">= 1",  # without one the state would not depend on the action
+    "dyn.obs_layers": ">= 1",
     "*layers": ">= 0",
     "*.units": ">= 1",
     "*.depth": ">= 1",

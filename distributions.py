@@ -191,7 +191,8 @@ class TwoHot:
         """Expected bin. Mirrored bins' shares are subtracted before weighing: symmetric logits give exactly 0."""
         half = self.bins.shape[0] // 2
         probs = self.log_probs.exp()
-        mean = (probs[..., -half:] - probs[..., :half].flip(-1)) @ self.bins[-half:]
+        # Not a matrix product: autocast would round values and rewards to half precision.
+        mean = ((probs[..., -half:] - probs[..., :half].flip(-1)) * self.bins[-half:]).sum(-1)
         return symexp(mean) if self.squash else mean
 
     def loss(self, target: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:

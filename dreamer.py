@@ -18,6 +18,7 @@ import functools
 import logging
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,20 @@ class Dreamer(nn.Module):
         """Numpy arrays of a replayed batch to tensors on the device; frames stay uint8."""
         return {k: self.to_device(v) if isinstance(v, dict) else self._tensor(v) for k, v in batch.items()}
 
+    def to_host(self, *tensors: Tensor) -> Callable[[], list[np.ndarray]]:
+        """Starts copying to the host; the result waits for that, and for nothing queued after it, and gives arrays."""
+        if self.device.type != "cuda":
+            return lambda: [tensor.cpu().numpy() for tensor in tensors]
+        copies = [torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+        done = torch.cuda.Event()
+        done.record()
+
+        def wait() -> list[np.ndarray]:
+            done.synchronize()
+            return [copy.numpy() for copy in copies]
+
+        return wait
+
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.as_tensor(array).to(self.device, non_blocking=True)
 
@@ -204,7 +219,8 @@ class Dreamer(nn.Module):
             reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise UserError(f"The checkpoint's networks differ from the configured ones: {reason}") from error
         if not weights_only:
-            self.optimizer.load_state_dict(state["optimizer"])
+            # The rates are the configuration's, which a resumed run may change (--force true --opt.lr ...).
+            self.optimizer.load_state_dict(state["optimizer"], rates=False)
             for generator, key in ((self.generator, "update"), (self.policy_generator, "policy")):
                 try:
                     generator.set_state(state["generators"][key].cpu())
@@ -233,10 +249,9 @@ class Trainer:
         except BaseException:
             self.close()
             raise
-        self.updates, self.episodes = 0, 0
-        # Agent steps from which updates are owed; what an earlier session has stored counts from the end of its
-        # prefill.
-        self.train_start = config.prefill if self.replay.steps else None
+        self.updates, self.episodes, self.saved_at = 0, 0, 0
+        # Agent steps from which updates are owed; what an earlier session stored counts from the end of the prefill.
+        self.train_start = config.prefill if self.replay.steps >= config.prefill else None
         self.last_return, self.evaluated_at = None, None
         self.metrics, self.episode_metrics = tools.Metrics(), tools.Metrics()
         self.pending = None  # latents of the latest update, written back while the device works on the next
@@ -384,13 +399,14 @@ class Trainer:
                 self._run_offline()
             else:
                 self._run_online()
-        self._write_latents()
-        if self.evaluates and not self.shutdown.requested and self.evaluated_at != self.frames:
-            self.evaluate()
-        self.save()
+            self._check_finite()
+            saved = self.save()
+            if self.evaluates and not self.shutdown.requested and self.evaluated_at != self.frames:
+                self.evaluate()
+                saved = self.save()
         self.logger.flush()
         ended = "Stopped" if self.shutdown.requested else "Finished"
-        log.info(f"{ended} at frame {self.frames:,}; saved in {self.logdir}")
+        log.info(f"{ended} at frame {self.frames:,}" + (f"; saved in {self.logdir}" if saved else "; not saved"))
 
     def _run_online(self) -> None:
         obs = self.envs.reset()
@@ -407,7 +423,7 @@ class Trainer:
             returns = np.where(obs["is_first"], 0, returns + obs["reward"])
             lengths = np.where(obs["is_first"], 0, lengths + 1)
             for env in np.flatnonzero(obs["is_last"]):
-                self._episode_done(returns[env], lengths[env])
+                self._episode_done(returns[env], lengths[env], logged(obs, env))
         self._store_last(obs)
 
     def _run_offline(self) -> None:
@@ -447,10 +463,11 @@ class Trainer:
             step = {key: value[env] for key, value in obs.items() if not key.startswith("log_")}
             self.replay.add(env, step | {"action": zeros[env]}, None)
 
-    def _episode_done(self, ret: float, length: int) -> None:
+    def _episode_done(self, ret: float, length: int, entries: dict[str, float]) -> None:
         self.episodes += 1
         self.last_return = float(ret)
-        self.episode_metrics.add({"episode/return": float(ret), "episode/length": float(length)})
+        own = {f"episode/{name}": value for name, value in entries.items()}
+        self.episode_metrics.add({"episode/return": float(ret), "episode/length": float(length), **own})
         log.info(f"Episode return: {ret:.1f}, length: {length}")
 
     def _periodic(self) -> None:
@@ -467,16 +484,20 @@ class Trainer:
 
     def train(self) -> None:
         """Runs the updates that are owed."""
+        config = self.config
+        often = config.save_every / config.action_repeat * config.train_ratio / self.trained_steps
         while self.owed and not self.shutdown.requested:
             self._update()
             self.progress.update(self.frames, self.updates, self.last_return)
+            if config.save_every and self.updates - self.saved_at > 2 * often + 10:
+                self.save()  # many updates were owed at once: no frame passes meanwhile
 
     def _update(self) -> None:
         batch = self.replay.sample(self.config.batch_size)
         tensors = self.agent.to_device({**batch, "context": batch.context})
         metrics, latents = self.agent.train_step(tensors)
         self._write_latents()
-        self.pending = (batch.where, latents)
+        self.pending = (batch.where, self.agent.to_host(*latents))
         self.updates += 1
         self.metrics.add(metrics)
         if self.updates % 100 == 0:
@@ -484,8 +505,8 @@ class Trainer:
 
     def _write_latents(self) -> None:
         if self.pending is not None:
-            where, (deter, stoch) = self.pending
-            self.replay.write_latents(where, deter.cpu().numpy(), stoch.cpu().numpy())
+            where, latents = self.pending
+            self.replay.write_latents(where, *latents())
             self.pending = None
 
     def _check_finite(self) -> None:
@@ -509,15 +530,16 @@ class Trainer:
             def store(obs: dict, action: np.ndarray) -> None:
                 self._store(self.eval_replay, obs, action, None)
 
-            returns, lengths, video = play(
+            returns, lengths, entries, video = play(
                 self.agent, self.eval_envs, config.eval_episode_num, config.eval_sample, generator,
                 film=config.video_pred_log, on_step=store if config.offline_evaldir is None else None,
                 stop=lambda: self.shutdown.requested,
             )  # fmt: skip
-            if returns:
+            if returns and not self.shutdown.requested:  # cut short, it would favour short episodes
                 mean, std = np.mean(returns), np.std(returns)
                 log.info(f"Evaluation return: {mean:.1f} ± {std:.1f} over {len(returns)} episodes")
                 self.logger.scalars({"eval/return": mean, "eval/return_std": std, "eval/length": np.mean(lengths)})
+                self.logger.scalars({f"eval/{name}": np.mean(values) for name, values in entries.items()})
             if video is not None:
                 self.logger.video("eval/episode", video)
         if config.video_pred_log and self.eval_replay and self.eval_replay.windows:
@@ -538,6 +560,7 @@ class Trainer:
                 self.logger.video(f"open_loop/{key}", open_loop_video(batch[key], value.float().cpu().numpy(), context))
 
     def log_scalars(self) -> None:
+        self._check_finite()
         scalars = {**self.metrics.result(), **self.episode_metrics.result()}
         scalars |= {"train/updates": self.updates, "train/episodes": self.episodes}
         scalars |= {f"replay/{key}": value for key, value in self.replay.stats().items()}
@@ -545,21 +568,22 @@ class Trainer:
         self.logger.scalars(scalars)
         self.logger.write(self.frames, fps=True)
 
-    def save(self) -> None:
-        """Data first, then `latest.pt`, so that a checkpoint is never ahead of the data it counts."""
+    def save(self) -> bool:
+        """Data first, then `latest.pt`, so that a checkpoint is never ahead of the data it counts. False: not saved."""
         self._write_latents()
         if not self.offline:
             self.replay.flush()
         if self.eval_replay is not None and self.config.offline_evaldir is None:
             self.eval_replay.flush()
         if int(self.agent.optimizer.bad):
-            log.warning("The latest updates were not finite; the checkpoint before them is kept.")
-            return
+            log.warning("The latest updates were not finite: no checkpoint is written, an earlier one is kept.")
+            return False
         if self.offline:
             # Latents are not saved: a resumed run computes them anew, and so does this one, to stay equal to it.
             self.replay.forget_latents()
         counters = {"frames": self.frames, "agent_steps": self.replay.steps, "updates": self.updates}
         counters |= {"episodes": self.episodes, "train_start": self.train_start, "evaluated_at": self.evaluated_at}
+        counters |= {"last_return": self.last_return}
         tools.save_checkpoint(
             self.logdir / "latest.pt",
             {
@@ -570,22 +594,32 @@ class Trainer:
                 "exploration": self.random.state(),
                 "replay": self.replay.state(),
                 "eval_replay": self.eval_replay.state() if self.eval_replay else None,
+                "metrics": {"updates": self.metrics.state(), "episodes": self.episode_metrics.state()},
             },
         )
+        self.saved_at = self.updates
+        return True
 
     def _resume(self) -> bool:
         """Restores `latest.pt`, or else the weights of `checkpoint`, if given. True if anything here goes on."""
         path = self.logdir / "latest.pt"
+        if path.exists() and self.config.checkpoint:
+            log.warning(f"{path} is resumed; checkpoint ({self.config.checkpoint}) only starts a new logdir.")
         if not path.exists():
             if self.config.checkpoint:
-                self.agent.restore(load_run(self.config.checkpoint, self.device), weights_only=True)
+                self.agent.restore(load_run(self.config.checkpoint), weights_only=True)
                 log.info(f"Weights from {self.config.checkpoint}")
             return bool(self.replay.steps) and not self.offline
-        state = load_run(path, self.device)
+        state = load_run(path)
         self.agent.restore(state)
         counters = state["counters"]
         self.updates, self.episodes = counters["updates"], counters["episodes"]
-        self.train_start, self.evaluated_at = counters["train_start"], counters.get("evaluated_at")
+        self.saved_at, self.last_return = self.updates, counters["last_return"]
+        self.evaluated_at = counters["evaluated_at"]
+        if counters["train_start"] is not None:  # else the checkpoint is from the prefill: what came after it counts
+            self.train_start = counters["train_start"]
+        self.metrics.load_state(state["metrics"]["updates"], self.device)
+        self.episode_metrics.load_state(state["metrics"]["episodes"], "cpu")
         self.random.load_state(state["exploration"])
         self.replay.load_state(state["replay"])
         if self.eval_replay and state["eval_replay"]:
@@ -601,9 +635,9 @@ class Trainer:
         self.lock.close()
 
 
-def load_run(path: str | Path, device: torch.device) -> dict:
+def load_run(path: str | Path) -> dict:
     """A checkpoint that `Trainer.save` wrote; UserError for any other file."""
-    state = tools.load_checkpoint(path, device)
+    state = tools.load_checkpoint(path)
     missing = {"config", "counters", "world_model", "behavior", "optimizer"} - state.keys()
     if missing:
         raise UserError(
@@ -627,8 +661,9 @@ def play(
     film: bool = False,
     on_step=None,
     stop=lambda: False,
-) -> tuple[list[float], list[int], np.ndarray | None]:
-    """Plays `episodes` episodes with the policy. Returns their returns, lengths (agent steps), and a film of the first.
+) -> tuple[list[float], list[int], dict[str, list[float]], np.ndarray | None]:
+    """Plays `episodes` episodes with the policy. Returns their returns, lengths (agent steps), the environment's own
+    entries (`log_*`) at their ends, and a film of the first.
 
     Each environment plays its share (some one more), whatever the episodes' lengths: counting the first to finish would
     favour short ones.
@@ -636,7 +671,7 @@ def play(
     quota = np.array([len(range(env, episodes, envs.num)) for env in range(envs.num)])
     obs, state = envs.reset(), agent.initial(envs.num)
     total, length, frames = np.zeros(envs.num), np.zeros(envs.num, int), []
-    returns, lengths = [], []
+    returns, lengths, entries = [], [], {}
     filming = film
     while (quota > 0).any() and not stop():
         action, state = agent.policy(obs, state, sample, generator)
@@ -654,17 +689,24 @@ def play(
             quota[env] -= 1
             returns.append(float(total[env]))
             lengths.append(int(length[env]))
+            for name, value in logged(obs, env).items():
+                entries.setdefault(name, []).append(value)
             filming = filming and env != 0
         if on_step and not (quota > 0).any():
             on_step(obs, np.zeros_like(action))  # nothing acts on the steps that end the last episodes
-    return returns, lengths, np.stack(frames) if frames else None
+    return returns, lengths, entries, np.stack(frames) if frames else None
+
+
+def logged(obs: dict[str, np.ndarray], env: int) -> dict[str, float]:
+    """What the environment wants logged at this step (`log_*`), without the prefix."""
+    return {key[len("log_") :]: float(value[env]) for key, value in obs.items() if key.startswith("log_")}
 
 
 def evaluate_checkpoint(config: Config) -> None:
     """`--mode eval`: plays `episodes` episodes with a checkpoint's weights and configuration, and films the first."""
     path = Path(config.checkpoint or Path(resolve_paths(config).logdir) / "latest.pt")
     device = tools.pick_device(config.device)
-    state = load_run(path, device)
+    state = load_run(path)
     own = ("mode", "checkpoint", "episodes", "seed", "device", "precision", "compile", "threads")
     own += ("eval_sample", "eval_envs", "parallel")
     config = config.replace(**(state["config"] | {key: config[key] for key in own}))
@@ -674,7 +716,7 @@ def evaluate_checkpoint(config: Config) -> None:
         agent.restore(state, weights_only=True)
         generator = torch.Generator(device).manual_seed(config.seed)
         with tools.Shutdown() as shutdown:
-            returns, lengths, video = play(
+            returns, lengths, _, video = play(
                 agent, envs, config.episodes, config.eval_sample, generator, film=True, stop=lambda: shutdown.requested
             )
     finally:

@@ -140,7 +140,7 @@ def setup_logging(level: str = "info", logdir: str | Path | None = None) -> None
     console.setFormatter(logging.Formatter("%(levelname)s - %(message)s"))
     root.addHandler(console)
     root.setLevel(min(number, logging.INFO) if logdir else number)
-    for name in ("PIL", "OpenGL", "matplotlib", "asyncio", "urllib3", "wandb"):
+    for name in ("absl", "PIL", "OpenGL", "matplotlib", "asyncio", "urllib3", "wandb"):
         logging.getLogger(name).setLevel(max(number, logging.WARNING))
     if logdir:
         path = Path(logdir) / "log.txt"

@@ -335,4 +335,4 @@ class RSSM(nn.Module):
         if self.discrete:
             return {"logit": out.unflatten(-1, (self.stoch, self.discrete))}
         mean, std = full_precision(out).chunk(2, -1)
-        return {"mean": mean, "std": 2 * torch.sigmoid(std / 2) + self.min_std}
+        return {"mean": mean, "std": F.softplus(std) + self.min_std}

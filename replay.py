@@ -432,11 +432,12 @@ class Replay:
                 "at the start); reset the environment and store what reset() gives first."
             )
         values["reward"] = _fit("reward", step["reward"], *self._schema["reward"], name)
-        values["action"] = 0 if values["is_last"] else _fit("action", step["action"], *self._schema["action"], name)
         for key, (shape, dtype) in self._obs.items():
             present = key in step and bool(step.get(f"present/{key}", True))
             values[f"present/{key}"] = present
             values[key] = _fit(f"observation {key!r}", step[key], shape, dtype, name) if present else 0
+        # Last: an action that is not finite mostly comes of an observation that is not, and that one is to be named.
+        values["action"] = 0 if values["is_last"] else _fit("action", step["action"], *self._schema["action"], name)
         return values
 
     def _check_latent(self, stream: _Stream, latent: tuple | None) -> dict:
@@ -649,8 +650,8 @@ class Replay:
         advice = "Free some space there" if full else "Make the directory writable"
         return StorageError(
             f"Could not write {path.name} in {self.directory}: {found} ({needed / 2**20:.2f} MiB "
-            f"needed, {free}). {advice}, or move it elsewhere and set traindir; the steps are still in "
-            "memory and are written at the next attempt."
+            f"needed, {free}). {advice}, or move it elsewhere and set traindir; what is there is whole, and the same "
+            "command goes on from it."
         )
 
     # Reading
@@ -1039,6 +1040,8 @@ def infer_spaces(directory: Path | str) -> tuple[dict, object]:
     """
     from gymnasium import spaces  # here: nothing else in this file needs it
 
+    if not Path(directory).is_dir():
+        raise ReplayError(f"{directory} is not a directory; give offline_traindir a folder of .npz episodes.")
     found, first, widths, highest, discrete, chosen = None, None, set(), 0, True, False
     for path in sorted(Path(directory).glob("*.npz")):
         try:

@@ -19,7 +19,6 @@ def lambda_return(
     t+1, and the discount times the probability of going on from there. `boot[:, t]` values state t; `boot[:, 0]` is not
     used.
     """
-    lam = torch.as_tensor(lam, dtype=reward.dtype, device=reward.device).expand_as(reward)
     blend = reward + live * (1 - lam) * boot[:, 1:]
     decay = live * lam
     returns = [boot[:, -1]]

@@ -4,7 +4,6 @@ python tools.py logdir/latest.pt      # what is in a checkpoint
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -30,17 +29,14 @@ __all__ = [
     "Every",
     "Logger",
     "Metrics",
-    "Once",
     "Progress",
     "Replay",
     "Shutdown",
-    "Until",
     "UserError",
     "atomic_write",
     "describe_checkpoint",
     "enable_deterministic_run",
     "format_duration",
-    "generator_state",
     "human",
     "load_checkpoint",
     "out_of_memory_help",
@@ -50,7 +46,6 @@ __all__ = [
     "save_checkpoint",
     "save_mp4",
     "seed_everything",
-    "set_generator_state",
     "set_threads",
     "setup_logging",
 ]
@@ -78,29 +73,6 @@ class Every:
             return False
         self._passed = step // self.interval
         return True
-
-
-class Until:
-    """True while `step` is below `end`; end 0: always."""
-
-    def __init__(self, end: float):
-        self.end = end
-
-    def __call__(self, step: float) -> bool:
-        return not self.end or step < self.end
-
-
-class Once:
-    """True at the first call at or after `at`. start: where a run resumes, past what was done (None: it begins)."""
-
-    def __init__(self, at: float = 0, start: float | None = None):
-        self.at = at
-        self.done = start is not None and start >= at
-
-    def __call__(self, step: float) -> bool:
-        fires = not self.done and step >= self.at
-        self.done = self.done or fires
-        return fires
 
 
 # Averages
@@ -152,6 +124,15 @@ class Metrics:
             if finite < given:
                 result[f"{name}_nonfinite"] = float(given - finite)
         return result
+
+    def state(self) -> list[dict]:
+        """The sums so far, for a checkpoint."""
+        return [{"names": list(key[1:]), "sums": sums.cpu().clone()} for key, sums in self._groups.items()]
+
+    def load_state(self, state: list[dict], device: torch.device | str) -> None:
+        """Go on from `state()`, with values that will come from `device`."""
+        device = torch.device(device)
+        self._groups = {(device, *group["names"]): group["sums"].to(device) for group in state}
 
 
 # Checkpoints
@@ -275,26 +256,6 @@ def set_threads(n: int) -> None:
     """CPU threads of torch; 0: its own choice."""
     if n:
         torch.set_num_threads(n)
-
-
-def generator_state(generator: torch.Generator | np.random.Generator) -> torch.Tensor | str:
-    """The state in a form that a checkpoint can hold: torch's bytes as they are, numpy's big integers as JSON."""
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    return json.dumps(generator.bit_generator.state, default=np.ndarray.tolist)
-
-
-def set_generator_state(generator: torch.Generator | np.random.Generator, state: torch.Tensor | str) -> None:
-    """Sets what `generator_state` gave for a generator of the same kind; otherwise it is a ValueError."""
-    if isinstance(generator, torch.Generator) != isinstance(state, torch.Tensor):
-        raise ValueError(
-            f"Found a state of type {type(state).__name__} for a {type(generator).__module__} generator; "
-            "expected a tensor for torch and text for numpy."
-        )
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state.cpu())  # also a CUDA generator's state lives on the CPU
-    else:
-        generator.bit_generator.state = json.loads(state)
 
 
 # Signals

@@ -44,8 +44,10 @@ def as_vector(value: Shaped[Tensor, "..."], space: gs.Space, symlogged: bool) ->
     value = value.reshape(*lead, -1)
     sizes = classes(space)
     if sizes:
+        index = value.long()
         start = np.asarray(getattr(space, "start", 0)).reshape(-1)
-        index = value.long() - torch.as_tensor(start, device=value.device)
+        if start.any():
+            index = index - torch.as_tensor(start, device=value.device)
         return torch.cat([F.one_hot(index[..., i], n) for i, n in enumerate(sizes)], -1).float()
     value = value if value.is_floating_point() else value.float()
     return symlog(value) if symlogged else value

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import config as configuration  # noqa: E402
 from dreamer import Dreamer  # noqa: E402
+from modalities.vector import safe  # noqa: E402
 from models import total_loss  # noqa: E402
 
 FLAGS = ("reward", "is_first", "is_last", "is_terminal", "action")
@@ -33,11 +34,15 @@ class Reference:
     """A golden file: arrays by name, and the sizes that they imply."""
 
     def __init__(self, path: str):
-        self.arrays = dict(np.load(path, allow_pickle=False))
+        try:
+            self.arrays = dict(np.load(path, allow_pickle=False))
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"{path} cannot be read as an .npz file: {error}") from error
         self.weights = {k[len("param:") :]: v for k, v in self.arrays.items() if k.startswith("param:")}
         self.batches = [self.group(f"in{n or ''}:") for n in range(10) if f"in{n or ''}:reward" in self.arrays]
         self.retnorm = {k: float(self.batches[0].get(f"retnorm/{k}", 0)) for k in ("lo", "hi")}
         self.keys = sorted(k for k in self.batches[0] if k not in FLAGS and not k.startswith("retnorm/"))
+        self.keys = [k for k in self.keys if not k.startswith("log_")]
         self.images = [k for k in self.keys if self.batches[0][k].dtype == np.uint8 and self.batches[0][k].ndim == 5]
         self.vectors = [k for k in self.keys if k not in self.images]
 
@@ -68,13 +73,14 @@ class Reference:
         return spaces
 
     def act_space(self) -> gs.Space:
-        action = self.batches[0]["action"]
-        if np.issubdtype(action.dtype, np.integer):
-            return gs.Discrete(self.shape("dyn/dynin2")[0])
-        return gs.Box(-1, 1, action.shape[2:], np.float32)
+        size = self.shape("dyn/dynin2")[0]
+        return gs.Discrete(size) if "pol/head/action/logits/kernel" in self.weights else gs.Box(-1, 1, (size,))
+
+    def frame_size(self) -> tuple[int, int]:
+        return self.batches[0][self.images[0]].shape[2:4]
 
     def vector_head(self, key: str) -> str:
-        return next(k for k in self.layers() if k.startswith(f"dec/vec/{key}/"))
+        return next(k for k in self.layers() if re.fullmatch(f"dec/vec/{re.escape(key)}/[^/]+", k))
 
     def settings(self, horizon: float, lam: float, imag_horizon: int) -> dict:
         """The project's configuration for networks of this file's sizes and the training settings of its README."""
@@ -103,21 +109,20 @@ class Reference:
             "precision": "float32",
             "device": "cpu",
         }
-        if self.vectors:
-            settings |= {"encoder.units": self.shape("enc/mlp0")[1], "encoder.layers": self.count("enc/mlp#")}
-            settings |= {"decoder.layers": self.count("dec/mlp/linear#")}
-            settings |= {"decoder.units": self.shape("dec/mlp/linear0")[1]}
         if self.images:
             kernels = [self.shape(f"enc/cnn{n}") for n in range(self.count("enc/cnn#"))]
-            for part in ("encoder", "decoder"):
-                settings |= {f"{part}.depth": 1, f"{part}.kernel": kernels[0][0]}
-                settings[f"{part}.mults"] = [kernel[-1] for kernel in kernels]
-            settings["decoder.blocks"] = self.shape("dec/sp0")[0]
-            settings["decoder.units"] = self.shape("dec/sp1")[1] // 2
-            settings["image_size"] = list(self.batches[0][self.images[0]].shape[2:4])
-        for part, ours in (("rew", "reward_head"), ("con", "cont_head"), ("pol", "actor"), ("val", "critic")):
-            settings[f"{ours}.layers"] = self.count(f"{part}/mlp/linear#")
-            settings[f"{ours}.units"] = self.shape(f"{part}/mlp/linear0")[1]
+            up = [self.shape(f"dec/conv{n}")[-1] for n in range(self.count("dec/conv#"))]
+            settings |= {"encoder.depth": 1, "decoder.depth": 1, "image_size": list(self.frame_size())}
+            settings |= {"encoder.kernel": kernels[0][0], "encoder.mults": [kernel[-1] for kernel in kernels]}
+            settings |= {"decoder.kernel": self.shape("dec/imgout")[0]}
+            settings |= {"decoder.mults": [*up, len(self.weights["dec/spnorm/scale"])]}
+            settings |= {"decoder.blocks": self.shape("dec/sp0")[0], "decoder.units": self.shape("dec/sp1")[1] // 2}
+        parts = {"enc/mlp": "encoder", "dec/mlp/linear": "decoder", "rew/mlp/linear": "reward_head"}
+        parts |= {"con/mlp/linear": "cont_head", "pol/mlp/linear": "actor", "val/mlp/linear": "critic"}
+        for part, ours in parts.items():
+            settings[f"{ours}.layers"] = self.count(f"{part}#")
+            if self.count(f"{part}#"):
+                settings[f"{ours}.units"] = self.shape(f"{part}0")[1]
         for part, ours in (("rew", "reward_head"), ("val", "critic")):
             settings[f"{ours}.bins"] = self.shape(f"{part}/head/logits")[1]
         return settings
@@ -175,6 +180,13 @@ class Names:
             )
         self._add(layer.bias, f"{name}/bias")
 
+    def _joined(self, name: str, layers: list) -> None:
+        """Output layers whose columns are one layer of the reference's: the categoricals of a discrete vector."""
+        if len(layers) == 1:
+            self._linear(name, layers[0])
+            return
+        raise SystemExit(f"{name}: discrete vectors of several entries are not supported here")
+
     def _dense(self, name: str, norm: str, layer, swap=None) -> None:
         self._linear(name, layer.linear, swap)
         self._add(layer.norm.scale, f"{norm}/scale")
@@ -222,8 +234,7 @@ class Names:
             decoder = model.decoder.decoders["vector"]
             self._mlp("dec/mlp", decoder.mlp, swap=(rssm.deter, rssm.stoch_size))
             for key in decoder.spaces:
-                (layer,) = decoder.out[key]
-                self._linear(self.vector_head(key), layer)
+                self._joined(self.vector_head(key), list(decoder.out[safe(key)]))
         if "image" in model.decoder.decoders:
             decoder = model.decoder.decoders["image"]
             self._add(decoder.from_deter.weight, "dec/sp0/kernel")
@@ -253,9 +264,13 @@ def to_batch(agent: Dreamer, arrays: dict[str, np.ndarray]) -> dict:
     """A golden batch in this project's format: one-hot actions, and a context that says: no latent is stored."""
     rssm = agent.world_model.rssm
     arrays = {key: value for key, value in arrays.items() if not key.startswith("retnorm/")}
+    arrays = {k: v.astype(np.float32) if np.issubdtype(v.dtype, np.floating) else v for k, v in arrays.items()}
+    arrays |= {key: arrays[key].astype(bool) for key in ("is_first", "is_last", "is_terminal")}
+    arrays["reward"] = arrays["reward"].astype(np.float32)
     size = len(arrays["reward"])
-    if agent.classes:
-        arrays["action"] = np.eye(agent.classes[0], dtype=np.float32)[arrays["action"]]
+    if agent.classes and arrays["action"].ndim == 2:  # as indices
+        arrays["action"] = np.eye(agent.classes[0], dtype=np.float32)[arrays["action"].astype(int)]
+    arrays["action"] = arrays["action"].astype(np.float32).reshape(*arrays["reward"].shape, -1)
     context = {
         "deter": np.zeros((size, rssm.deter), np.float16),
         "stoch": np.zeros((size, rssm.stoch), np.uint8),

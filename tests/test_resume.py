@@ -88,7 +88,7 @@ def episodes(tmp_path_factory) -> Path:
 
 
 def test_offline_run_killed_and_resumed_equals_uninterrupted(episodes, tmp_path):
-    flags = "--configs debug --task none --device cpu --threads 1 --train_ratio 32 --steps 120 --log_every 10".split()
+    flags = "--configs debug --task none --device cpu --threads 1 --train_ratio 32 --steps 120 --log_every 20".split()
     flags += f"--save_every 30 --eval_every 40 --offline_traindir {episodes} --offline_evaldir {episodes}".split()
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(start(*flags, "--logdir", whole))
@@ -100,7 +100,7 @@ def test_offline_run_killed_and_resumed_equals_uninterrupted(episodes, tmp_path)
         process.kill()
         process.communicate()
     finish(start(*flags, "--logdir", broken))
-    assert len(metrics(whole)) >= 12 and metrics(whole) == metrics(broken)
+    assert len(metrics(whole)) >= 6 and metrics(whole) == metrics(broken)
     one, two = (tools.load_checkpoint(logdir / "latest.pt") for logdir in (whole, broken))
     one.pop("config"), two.pop("config")
     assert one["counters"]["updates"] == 120
