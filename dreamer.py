@@ -270,8 +270,9 @@ class Trainer:
 
     def _claim_logdir(self) -> None:
         """A logdir belongs to one configuration: a differing one is an error that says what differs, unless `force`."""
-        self.logdir.mkdir(parents=True, exist_ok=True)
-        self.lock = (self.logdir / ".lock").open("w")  # held until the process ends, however it ends
+        with disk_errors(self.logdir / ".lock"):
+            self.logdir.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.logdir / ".lock").open("w")  # held until the process ends, however it ends
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -99,11 +99,11 @@ def leave_no_trace():
 # Running
 
 
-def start(*flags, **options) -> subprocess.CompletedProcess:
+def start(*flags, timeout=280) -> subprocess.CompletedProcess:
     """`python dreamer.py` as from a shell."""
     command = [sys.executable, str(ROOT / "dreamer.py"), *map(str, flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, **options)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def run(*flags) -> tuple[int, str, str]:
@@ -333,6 +333,13 @@ def test_a_logdir_of_another_configuration(begun):
     succeed(*flags, "--steps", 140, "--batch_size", 5, "--force", "true")
     assert configuration.Config.read(begun / "config.yaml").batch_size == 5
     succeed(*flags, "--steps", 150, "--batch_size", 5)  # now it is this run's own
+
+
+def test_a_logdir_in_which_another_process_trains(begun):
+    flags = [*CARTPOLE, "--steps", 130, "--logdir", begun]
+    with contextlib.closing(Trainer(configuration.load([str(flag) for flag in flags]))):
+        assert f"Another process is training in {begun}" in fail(*flags)
+    succeed(*flags)
 
 
 def test_a_mistake_leaves_a_logdir_that_can_be_used(tmp_path):
@@ -736,8 +743,9 @@ def check_learns(agent: Dreamer) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_compiled_run(tmp_path):
-    done = start(*CARTPOLE, "--steps", 100, "--compile", "true", "--logdir", tmp_path)
+    done = start(*CARTPOLE, "--steps", 80, "--compile", "true", "--logdir", tmp_path, timeout=1700)
     assert done.returncode == 0, done.stderr[-2000:]
     assert metrics(tmp_path)[-1]["opt/bad_updates"] == 0
 

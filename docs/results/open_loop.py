@@ -2,7 +2,8 @@
 
     python docs/results/open_loop.py LOGDIR --out open_loop.png [--context 10] [--steps 40] [--every 4] [--windows 2]
 
-Windows are drawn from the evaluation episodes of the run, which it has not been trained on.
+Windows are drawn from the evaluation episodes of the run, which it has not been trained on, or with --data train_eps from
+those that it has.
 """
 
 import argparse
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="steps in all")
     parser.add_argument("--every", type=int, default=4, help="show every so many steps")
     parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--data", choices=["eval_eps", "train_eps"], default="eval_eps")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     config = resolve_paths(Config.read(args.logdir / "config.yaml").replace(logdir=str(args.logdir), device="cpu"))
@@ -39,7 +41,7 @@ def main() -> None:
     agent.restore(tools.load_checkpoint(args.logdir / "latest.pt"), weights_only=True)
     latent = {"deter": config.dyn.deter, "stoch": config.dyn.stoch, "classes": config.dyn.discrete}
     replay = Replay.offline(
-        args.logdir / "eval_eps", env.obs_space, agent.action_size,
+        args.logdir / args.data, env.obs_space, agent.action_size,
         capacity=100_000, length=args.steps, seed=args.seed, latent=latent,
     )  # fmt: skip
     batch = replay.sample(args.windows)
