@@ -490,7 +490,7 @@ class Trainer:
         while self.owed and not self.shutdown.requested:
             self._update()
             self.progress.update(self.frames, self.updates, self.last_return)
-            if config.save_every and self.updates - self.saved_at > 2 * often + 10:
+            if self.updates - self.saved_at > 2 * often + 10:
                 self.save()  # many updates were owed at once: no frame passes meanwhile
 
     def _update(self) -> None:

@@ -288,3 +288,12 @@ def test_half_precision_is_computed_in_float32(name, dtype):
 def test_double_precision_stays():
     assert OneHot(draw(2, 3).double()).entropy().dtype == torch.float64
     assert Normal(draw(2, 3).double()).entropy().dtype == torch.float64
+
+
+def test_predictions_stay_in_full_precision_under_autocast():
+    """Values and rewards, and what is computed of them, are never rounded to half precision (trap 10)."""
+    logits = torch.randn(4, 255, generator=torch.Generator().manual_seed(0))
+    exact = TwoHot(logits, symexp_bins(255)).mode()
+    with torch.autocast("cpu", torch.bfloat16):
+        mode = TwoHot(logits, symexp_bins(255)).mode()
+    assert mode.dtype == torch.float32 and torch.equal(mode, exact)

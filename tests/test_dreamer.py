@@ -474,6 +474,13 @@ def test_nan_in_an_observation_is_found_when_it_is_stored(tmp_path):
     assert "observation 'vector' from stream 1 (environment 1), step 4 of the stream, episode 0: found nan" in text
 
 
+def test_nan_that_the_policy_has_seen_is_still_the_observation_s(tmp_path):
+    """Its action is NaN as well; the message names the cause."""
+    register_env("toy", lambda config, mode, index: Toy(length=60, nan_at=50))
+    text = fail(*BARE, "--task", "toy", "--prefill", "40", "--batch_size", "2", "--logdir", tmp_path)
+    assert "observation 'vector' from stream" in text and "found nan" in text
+
+
 # 3. Updates that are not finite
 
 
@@ -836,6 +843,59 @@ def test_updates_follow_the_agent_steps(tmp_path):
     assert all(np.array_equal(action, random.policy(3)) for action in sent[:prefilled])
     stored = np.concatenate([np.load(path)["action"] for path in (tmp_path / "train_eps").glob("*-e000000-*.npz")])
     assert stored.min() < -0.5 and stored.max() > 0.5 and np.abs(stored).max() <= 1
+
+
+def test_a_checkpoint_of_the_prefill_keeps_what_is_owed(tmp_path):
+    """Stopped in the prefill, gone on, killed before the next checkpoint: the updates for what was stored are owed."""
+    register_env("toy", lambda config, mode, index: Toy(length=7))
+    flags = "--task toy --envs 2 --prefill 50 --save_every 100000 --train_ratio 8".split()
+    for steps in (30, 130):
+        with contextlib.closing(make_trainer(tmp_path, *flags, "--steps", steps)) as trainer:
+            trainer.run()
+        if steps == 30:
+            early = (tmp_path / "latest.pt").read_bytes()
+    (tmp_path / "latest.pt").write_bytes(early)
+    with contextlib.closing(make_trainer(tmp_path, *flags, "--steps", 130)) as trainer:
+        assert trainer.updates == 0 and trainer.replay.steps >= 130
+        assert trainer.owed == int((trainer.replay.steps - 50) * 8 / 32) >= 20
+
+
+def test_a_stop_during_the_last_evaluation_keeps_the_run(tmp_path, monkeypatch):
+    register_env("toy", lambda config, mode, index: Toy(length=7))
+    flags = "--task toy --steps 90 --prefill 50 --save_every 100000 --eval_every 1000 --eval_episode_num 1".split()
+    trainer = make_trainer(tmp_path, *flags)
+    monkeypatch.setattr(trainer, "evaluate", lambda: 1 / 0)  # stands for a kill -9 in the middle of it
+    with contextlib.closing(trainer), pytest.raises(ZeroDivisionError):
+        trainer.run()
+    assert tools.load_checkpoint(tmp_path / "latest.pt")["counters"]["updates"] == trainer.updates > 0
+
+
+def test_a_changed_rate_counts_when_forced(tmp_path):
+    register_env("toy", lambda config, mode, index: Toy(length=7))
+    flags = "--task toy --steps 60 --prefill 50".split()
+    with contextlib.closing(make_trainer(tmp_path, *flags)) as trainer:
+        trainer.run()
+    with contextlib.closing(make_trainer(tmp_path, *flags, "--force", "true", "--opt.lr", "1e-2")) as trainer:
+        assert {name: round(float(g.lr), 6) for name, g in trainer.agent.optimizer.groups.items()} == {
+            "world": 0.01, "actor": 0.01, "critic": 0.01,
+        }  # fmt: skip
+
+
+def test_what_the_environment_logs_is_logged(tmp_path):
+    class Logging(Toy):
+        def step(self, action):
+            return {**super().step(action), "log_count": np.float32(self.count)}
+
+        def reset(self):
+            return {**super().reset(), "log_count": np.float32(0)}
+
+    register_env("toy", lambda config, mode, index: Logging(length=7))
+    flags = "--task toy --steps 60 --prefill 50 --log_every 20 --eval_every 40 --eval_episode_num 2".split()
+    with contextlib.closing(make_trainer(tmp_path, *flags)) as trainer:
+        trainer.run()
+    rows = metrics(tmp_path)
+    assert {row["episode/count"] for row in rows if "episode/count" in row} == {7.0}
+    assert {row["eval/count"] for row in rows if "eval/count" in row} == {7.0}
 
 
 @pytest.mark.parametrize("sample", [False, True])
