@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import errno
+import importlib.util
 import io
 import json
 import logging
@@ -41,6 +42,11 @@ WALKER = [
     *"--configs dmc_vision debug --device cpu --threads 1 --image_size 32 32 --dmc.fast_render true".split(),
     *"--log_every 80 --eval_every 1000 --save_every 80".split(),
 ]
+
+
+needs_ale = pytest.mark.skipif(
+    importlib.util.find_spec("ale_py") is None, reason="ale-py is not installed (requirements/atari.txt)"
+)
 
 
 # Environments
@@ -412,7 +418,7 @@ def test_observations_that_the_networks_cannot_take(flags, parts, tmp_path):
         ("dmc_walker_wlk", ["dmc_walker_wlk", "did you mean dmc_walker_walk"]),
         ("dcm_walker_walk", ["Unknown task 'dcm_walker_walk'", "did you mean dmc_<domain>_<task>"]),
         ("gym_CartPoll-v1", ["gym_CartPoll-v1", "CartPole"]),
-        ("atari_pongg", ["atari_pongg"]),
+        pytest.param("atari_pongg", ["atari_pongg"], marks=needs_ale),
         ("crafter_rewrd", ["did you mean crafter_reward"]),
     ],
 )
