@@ -2,8 +2,8 @@
 
     python docs/results/open_loop.py LOGDIR --out open_loop.png [--context 10] [--steps 40] [--every 4] [--windows 2]
 
-Windows are drawn from the evaluation episodes of the run, which it has not been trained on, or with --data train_eps from
-those that it has.
+Windows are drawn from the evaluation episodes of the run, which it has not been trained on, or from its training
+episodes with --data train_eps.
 """
 
 import argparse
