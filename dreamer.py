@@ -710,6 +710,10 @@ def evaluate_checkpoint(config: Config) -> None:
     state = load_run(path)
     own = ("mode", "checkpoint", "episodes", "seed", "device", "precision", "compile", "threads")
     own += ("eval_sample", "eval_envs", "parallel")
+    if state["config"]["task"] == "none":  # trained on recorded episodes alone: the command line says where to play
+        own += ("task",)
+    elif config.task != state["config"]["task"]:
+        log.info(f"The checkpoint's own task is played, {state['config']['task']}; --task is for those without one.")
     config = config.replace(**(state["config"] | {key: config[key] for key in own}))
     envs = make_envs(config, "eval", min(config.eval_envs, config.episodes))
     try:
