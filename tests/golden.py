@@ -180,13 +180,6 @@ class Names:
             )
         self._add(layer.bias, f"{name}/bias")
 
-    def _joined(self, name: str, layers: list) -> None:
-        """Output layers whose columns are one layer of the reference's: the categoricals of a discrete vector."""
-        if len(layers) == 1:
-            self._linear(name, layers[0])
-            return
-        raise SystemExit(f"{name}: discrete vectors of several entries are not supported here")
-
     def _dense(self, name: str, norm: str, layer, swap=None) -> None:
         self._linear(name, layer.linear, swap)
         self._add(layer.norm.scale, f"{norm}/scale")
@@ -234,7 +227,10 @@ class Names:
             decoder = model.decoder.decoders["vector"]
             self._mlp("dec/mlp", decoder.mlp, swap=(rssm.deter, rssm.stoch_size))
             for key in decoder.spaces:
-                self._joined(self.vector_head(key), list(decoder.out[safe(key)]))
+                head = decoder.out[safe(key)]
+                if len(head) > 1:  # one tensor there, several here: their gradients would be clipped differently
+                    raise SystemExit(f"{key}: discrete vectors of several entries cannot be compared")
+                self._linear(self.vector_head(key), head[0])
         if "image" in model.decoder.decoders:
             decoder = model.decoder.decoders["image"]
             self._add(decoder.from_deter.weight, "dec/sp0/kernel")
