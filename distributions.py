@@ -7,6 +7,7 @@ Everything is computed in float32 (or wider), whatever the precision of the netw
 """
 
 import math
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -66,10 +67,8 @@ class OneHot:
         return self._one_hot(self.log_probs)
 
     def sample(self, gumbel: Float[Tensor, "*b classes"]) -> Float[Tensor, "*b classes"]:
-        """Gumbel-max sample. The bracket is exactly zero forwards and carries the gradient of the probabilities
-        backwards.
-        """
-        return self._one_hot(self.log_probs.detach() + gumbel) + (self.probs - self.probs.detach())
+        """Gumbel-max sample, with the gradient of the probabilities."""
+        return StraightThrough.apply(self.probs, self._one_hot(self.log_probs.detach() + gumbel))
 
     def log_prob(self, onehot: Float[Tensor, "*b classes"]) -> Float[Tensor, "*b"]:
         return (onehot * self.log_probs).sum(-1)
@@ -91,6 +90,18 @@ class OneHot:
 
     def _one_hot(self, scores: Tensor) -> Tensor:
         return F.one_hot(scores.argmax(-1), scores.shape[-1]).to(self.probs.dtype)
+
+
+class StraightThrough(torch.autograd.Function):
+    """`sample` forwards; backwards its gradient is that of `probs`."""
+
+    @staticmethod
+    def forward(ctx, probs: Tensor, sample: Tensor) -> Tensor:
+        return sample.view_as(sample)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class Joint:
@@ -183,29 +194,36 @@ class TwoHot:
 
     def __init__(self, logits: Float[Tensor, "*b bins"], bins: Float[Tensor, " bins"], squash: bool = False):
         self.logits = full_precision(logits)
-        self.log_probs = torch.log_softmax(self.logits, -1)
         self.bins = bins
         self.squash = squash
+
+    @cached_property
+    def log_total(self) -> Float[Tensor, "*b"]:
+        return torch.logsumexp(self.logits, -1)
 
     def mode(self) -> Float[Tensor, "*b"]:
         """Expected bin. Mirrored bins' shares are subtracted before weighing: symmetric logits give exactly 0."""
         half = self.bins.shape[0] // 2
-        probs = self.log_probs.exp()
+        probs = torch.softmax(self.logits, -1)
         # Not a matrix product: autocast would round values and rewards to half precision.
         mean = ((probs[..., -half:] - probs[..., :half].flip(-1)) * self.bins[-half:]).sum(-1)
         return symexp(mean) if self.squash else mean
 
-    def loss(self, target: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        """Cross entropy with the two-hot target; targets beyond the outermost bins count as those."""
-        target = full_precision(target.detach())
+    def loss(self, *targets: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """Cross entropy with the two-hot target; targets beyond the outermost bins count as those.
+
+        The losses of several targets are added up, at the cost of one.
+        """
+        target = full_precision(torch.stack(targets, -1).detach())
         target = symlog(target) if self.squash else target
         last = self.bins.shape[0] - 1
-        above: Int[Tensor, "*b"] = torch.searchsorted(self.bins, target.contiguous(), right=True).clamp(1, last)
+        above: Int[Tensor, "*b n"] = torch.searchsorted(self.bins, target, right=True).clamp(1, last)
         below = above - 1
         low, high = self.bins[below], self.bins[above]
         share = ((target - low) / (high - low)).clamp(0, 1)
-        pick = self.log_probs.gather(-1, torch.stack([below, above], -1))
-        return -((1 - share) * pick[..., 0] + share * pick[..., 1])
+        # Two bins per target are looked up; no dense [..., bins] target is made.
+        pick = self.logits.gather(-1, torch.cat([below, above], -1))
+        return len(targets) * self.log_total - (torch.cat([1 - share, share], -1) * pick).sum(-1)
 
     def log_prob(self, target: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         return -self.loss(target)

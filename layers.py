@@ -59,18 +59,9 @@ class BlockLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(blocks * outputs))
         init_weight(self.weight, blocks * inputs)
 
-    def forward(self, x: Float[Tensor, "*b blocks own"], shared: Float[Tensor, "*b rest"] | None = None) -> Tensor:
-        """[*b, blocks, own] -> [*b, blocks * outputs]. `shared` is seen by every block, after its own inputs.
-
-        It is multiplied as a batch of stride 0: joining a copy of it to every block would cost more than the product.
-        """
-        lead, own = x.shape[:-2], x.shape[-1]
-        x = x.reshape(-1, *x.shape[-2:]).transpose(0, 1)
-        if shared is None:
-            out = torch.bmm(x, self.weight)
-        else:
-            shared = shared.reshape(-1, shared.shape[-1]).expand(len(x), -1, -1)
-            out = torch.baddbmm(torch.bmm(x, self.weight[:, :own]), shared, self.weight[:, own:])
+    def forward(self, x: Float[Tensor, "*b blocks inputs"]) -> Float[Tensor, "*b outputs"]:
+        lead = x.shape[:-2]
+        out = torch.bmm(x.reshape(-1, *x.shape[-2:]).transpose(0, 1), self.weight)
         return out.transpose(0, 1).reshape(*lead, -1) + self.bias
 
 
@@ -83,8 +74,46 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Float[Tensor, "*b size"]) -> Float[Tensor, "*b size"]:
-        wide = x.to(self.scale.dtype)
-        return F.rms_norm(wide, self.scale.shape, self.scale, self.eps).to(x.dtype)
+        return rms_norm(x, self.scale, self.eps)
+
+
+def rms_norm(
+    x: Float[Tensor, "..."], scale: Float[Tensor, "..."], eps: float = 1e-4, axes: tuple[int, ...] = (-1,)
+) -> Float[Tensor, "..."]:
+    """x / sqrt(mean(x²) + eps) * scale with the mean over `axes`, in float32 whatever comes in.
+
+    Args:
+        scale: broadcast against x.
+    """
+    wide = x.to(scale.dtype)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return FewPassRMSNorm.apply(wide, scale, eps, axes).to(x.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + eps) * scale).to(x.dtype)
+
+
+class FewPassRMSNorm(torch.autograd.Function):
+    """`rms_norm` with half the passes over memory: on a CPU these are what a norm costs, and nothing fuses them."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, eps: float, axes: tuple[int, ...]) -> Tensor:
+        size = math.prod(x.shape[axis] for axis in axes)
+        inverse = torch.linalg.vector_norm(x, dim=axes, keepdim=True).square_().div_(size).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale, inverse)
+        ctx.axes, ctx.size = axes, size
+        return (x * inverse).mul_(scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, scale, inverse = ctx.saved_tensors
+        normed = x * inverse
+        product = grad * normed
+        grad_scale = product.sum_to_size(scale.shape) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, grad_scale, None, None
+        along = (product.mul_(scale)).sum(ctx.axes, keepdim=True).div_(-ctx.size)
+        grad_x = (grad * scale).addcmul_(normed, along).mul_(inverse)
+        return grad_x, grad_scale, None, None
 
 
 class Dense(nn.Module):

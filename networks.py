@@ -16,11 +16,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from distributions import Normal, OneHot, full_precision
-from layers import ACTIVATIONS, MLP, BlockLinear, Dense, Linear, RMSNorm
+from layers import ACTIVATIONS, MLP, BlockLinear, Dense, Linear, RMSNorm, rms_norm
 from modalities import MODALITY_CONFIGS, select
 
 State = dict[str, Tensor]
 Tokens = dict[str, tuple[Tensor, Tensor]]  # kind of observation -> (embedding [*b, size], present [*b])
+Weights = dict  # parameters as the products of a scan read them, by name
 
 
 class MultiEncoder(nn.Module):
@@ -102,6 +103,10 @@ class BlockGRU(nn.Module):
 
     Each input goes through its own dense layer; every block sees its slice of `deter` and all three results. The gates
     are split inside each block into reset, candidate, update; the update gate is biased towards keeping the state.
+
+    In parts, so that a scan over time repeats only what needs the recurrent state: `layout` lays the weights out as
+    the products read them (once per scan), `prepare` is the share of the actions (for all steps at once), `step` the
+    rest.
     """
 
     def __init__(
@@ -119,18 +124,46 @@ class BlockGRU(nn.Module):
         self.norms = nn.ModuleList(RMSNorm(deter) for _ in range(layers))
         self.gates = BlockLinear(blocks, block, 3 * block)
 
-    def forward(
-        self, deter: Float[Tensor, "b deter"], stoch: Float[Tensor, "b stoch"], action: Float[Tensor, "b action"]
+    def layout(self) -> Weights:
+        """Weights by name. All blocks see the same results of the dense layers: one product instead of one per block."""
+        first = self.hidden[0].weight
+        block, hidden = first.shape[2], len(self.from_deter.norm.scale)
+        own, *shared = first.split([block, 2 * hidden, hidden], 1)
+        shared, action = (part.transpose(0, 1).flatten(1) for part in shared)
+        return {
+            "own": own,
+            "shared": shared,
+            "action": action,
+            "dense_scale": torch.stack([self.from_deter.norm.scale, self.from_stoch.norm.scale]),
+            "biases": [layer.bias.unflatten(0, (self.blocks, 1, -1)) for layer in [*self.hidden[1:], self.gates]],
+            "scales": [norm.scale.unflatten(0, (self.blocks, 1, -1)) for norm in self.norms],
+        }
+
+    def prepare(self, action: Float[Tensor, "*b action"], weights: Weights) -> Float[Tensor, "*b deter"]:
+        return F.linear(self.from_action(action), weights["action"].t(), self.hidden[0].bias)
+
+    def step(
+        self,
+        deter: Float[Tensor, "b deter"],
+        stoch: Float[Tensor, "b stoch"],
+        prepared: Float[Tensor, "b deter"],
+        weights: Weights,
     ) -> Float[Tensor, "b deter"]:
-        shared = torch.cat([self.from_deter(deter), self.from_stoch(stoch), self.from_action(action)], -1)
-        x = deter.to(shared.dtype).unflatten(-1, (self.blocks, -1))
-        for linear, norm in zip(self.hidden, self.norms, strict=True):
-            x = self.act(norm(linear(x, shared))).unflatten(-1, (self.blocks, -1))
-            shared = None  # only the first layer sees it
-        gates = self.gates(x).to(deter.dtype).unflatten(-1, (self.blocks, 3, -1))
-        reset, cand, update = (gate.flatten(1) for gate in gates.unbind(2))
-        update = torch.sigmoid(update - 1)
-        return update * torch.tanh(torch.sigmoid(reset) * cand) + (1 - update) * deter
+        inputs = torch.stack([self.from_deter.linear(deter), self.from_stoch.linear(stoch)], 1)
+        shared = self.act(rms_norm(inputs, weights["dense_scale"])).flatten(1)
+        x = torch.addmm(prepared, shared, weights["shared"])
+        # From here on [blocks, b, width]: what a batched product takes and gives, without a copy in between.
+        blockwise = self._by_block(deter)
+        x = torch.baddbmm(self._by_block(x), blockwise.to(x.dtype), weights["own"])
+        layers = [*self.hidden[1:], self.gates]
+        for layer, bias, scale in zip(layers, weights["biases"], weights["scales"], strict=True):
+            x = self.act(rms_norm(x, scale, axes=(0, 2)))
+            x = torch.baddbmm(bias, x, layer.weight)
+        reset, cand, update = x.to(deter.dtype).chunk(3, -1)
+        return blend(reset, cand, update, blockwise).transpose(0, 1).flatten(1)
+
+    def _by_block(self, x: Float[Tensor, "b deter"]) -> Float[Tensor, "blocks b own"]:
+        return x.unflatten(-1, (self.blocks, -1)).transpose(0, 1)
 
 
 class GRU(nn.Module):
@@ -144,14 +177,27 @@ class GRU(nn.Module):
         self.gates = Linear(self.mlp.out_size + deter, 3 * deter)
         self.norm = RMSNorm(3 * deter)
 
-    def forward(
-        self, deter: Float[Tensor, "b deter"], stoch: Float[Tensor, "b stoch"], action: Float[Tensor, "b action"]
+    def layout(self) -> Weights:
+        return {}
+
+    def prepare(self, action: Float[Tensor, "*b action"], weights: Weights) -> Float[Tensor, "*b action"]:
+        return action
+
+    def step(
+        self,
+        deter: Float[Tensor, "b deter"],
+        stoch: Float[Tensor, "b stoch"],
+        prepared: Float[Tensor, "b action"],
+        weights: Weights,
     ) -> Float[Tensor, "b deter"]:
-        x = self.mlp(torch.cat([stoch, action], -1))
+        x = self.mlp(torch.cat([stoch, prepared], -1))
         gates = self.norm(self.gates(torch.cat([x, deter.to(x.dtype)], -1))).to(deter.dtype)
-        reset, cand, update = gates.chunk(3, -1)
-        update = torch.sigmoid(update - 1)
-        return update * torch.tanh(torch.sigmoid(reset) * cand) + (1 - update) * deter
+        return blend(*gates.chunk(3, -1), deter)
+
+
+def blend(reset: Tensor, cand: Tensor, update: Tensor, deter: Tensor) -> Tensor:
+    """The gated update of `deter`: u tanh(sigmoid(reset) cand) + (1 - u) deter, with u = sigmoid(update - 1)."""
+    return torch.lerp(deter, torch.tanh(torch.sigmoid(reset) * cand), torch.sigmoid(update - 1))
 
 
 CELLS = {"block_gru": BlockGRU, "gru": GRU}
@@ -171,14 +217,19 @@ class ConcatFusion(nn.Module):
         self.first = Dense(deter + sum(sizes.values()), hidden, act)
         self.rest = MLP(hidden, hidden, layers - 1, act)
 
-    def prepare(self, tokens: Tokens) -> Float[Tensor, "*b hidden"]:
+    def layout(self) -> Weights:
+        """The first layer's weights by what they multiply, once per scan."""
+        deter, embed = self.first.linear.weight.split([self.deter, self.first.linear.in_features - self.deter], 1)
+        return {"deter": deter, "embed": embed}
+
+    def prepare(self, tokens: Tokens, weights: Weights) -> Float[Tensor, "*b hidden"]:
         embed = torch.cat([embed * present.unsqueeze(-1) for embed, present in tokens.values()], -1)
-        return F.linear(embed, self.first.linear.weight[:, self.deter :], self.first.linear.bias)
+        return F.linear(embed, weights["embed"], self.first.linear.bias)
 
     def step(
-        self, deter: Float[Tensor, "*b deter"], prepared: Float[Tensor, "*b hidden"]
+        self, deter: Float[Tensor, "*b deter"], prepared: Float[Tensor, "*b hidden"], weights: Weights
     ) -> Float[Tensor, "*b hidden"]:
-        x = prepared + F.linear(deter, self.first.linear.weight[:, : self.deter])
+        x = prepared + F.linear(deter, weights["deter"])
         return self.rest(self.first.act(self.first.norm(x)))
 
 
@@ -255,13 +306,13 @@ class RSSM(nn.Module):
             state: latent state before the first step; zeros if not given.
             noise: [b, t, *noise_shape]; without it every latent is the mode.
         """
-        batch, time = is_first.shape
-        state = state or self.initial(batch)
-        prepared = self.fusion.prepare(tokens)
-        noises = [None] * time if noise is None else noise.unbind(1)
+        state = state or self.initial(len(is_first))
+        weights = self.layout()
+        inputs = self._inputs(action, tokens, is_first, weights)
+        noises = [None] * is_first.shape[1] if noise is None else noise.unbind(1)
         steps = []
-        for t in range(time):
-            state = self._obs_step(state, action[:, t], prepared[:, t], is_first[:, t], noises[t])
+        for action, embed, keep, noise in zip(*(x.unbind(1) for x in inputs), noises, strict=True):
+            state = self._obs_step(state, action, embed, keep, noise, weights)
             steps.append(state)
         post = {key: torch.stack([step[key] for step in steps], 1) for key in steps[0]}
         return post, self.prior(post["deter"])
@@ -270,10 +321,11 @@ class RSSM(nn.Module):
         self, action: Float[Tensor, "b t action"], state: State, noise: Float[Tensor, "b t ..."] | None = None
     ) -> State:
         """Open-loop prior states [b, t, ...] after each of the given actions."""
+        weights = self.layout()
         noises = [None] * action.shape[1] if noise is None else noise.unbind(1)
         steps = []
-        for t in range(action.shape[1]):
-            state = self.img_step(state, action[:, t], noises[t])
+        for action, noise in zip(action.unbind(1), noises, strict=True):
+            state = self.img_step(state, action, noise, weights)
             steps.append(state)
         return {key: torch.stack([step[key] for step in steps], 1) for key in steps[0]}
 
@@ -286,13 +338,28 @@ class RSSM(nn.Module):
         noise: Tensor | None = None,
     ) -> State:
         """Posterior after one observation: state and previous action are zeroed where `is_first`."""
-        return self._obs_step(state, action, self.fusion.prepare(tokens), is_first, noise)
+        weights = self.layout()
+        return self._obs_step(state, *self._inputs(action, tokens, is_first, weights), noise, weights)
 
-    def img_step(self, state: State, action: Float[Tensor, "b action"], noise: Tensor | None = None) -> State:
-        """Prior after one action."""
-        deter = self._advance(state, action)
+    def img_step(
+        self,
+        state: State,
+        action: Float[Tensor, "b action"],
+        noise: Tensor | None = None,
+        weights: Weights | None = None,
+    ) -> State:
+        """Prior after one action. `weights`: the `layout`, if it was made already."""
+        weights = weights or self.layout()
+        prepared = self.core.prepare(bounded(action), weights["core"])
+        deter = self.core.step(state["deter"], flatten_stoch(state), prepared, weights["core"])
         stats = self.prior(deter)
         return {"deter": deter, "stoch": self.draw(stats, noise), **stats}
+
+    def layout(self) -> Weights:
+        """The weights as the steps of a scan read them. Made once per scan: slicing and joining them at every step
+        would cost as much as the products do, and again in the backward pass.
+        """
+        return {"core": self.core.layout(), "fusion": self.fusion.layout()}
 
     def prior(self, deter: Float[Tensor, "*b deter"]) -> State:
         """Statistics of the stochastic state as expected from the deterministic one."""
@@ -317,22 +384,29 @@ class RSSM(nn.Module):
         entropy = self.dist(state).entropy()
         return entropy.sum(-1) if self.discrete else entropy
 
-    def _obs_step(
-        self, state: State, action: Tensor, prepared: Tensor, is_first: Tensor, noise: Tensor | None
-    ) -> State:
-        keep = (~is_first).to(action.dtype)
-        kept = {key: state[key] * keep.view(-1, *[1] * (state[key].ndim - 1)) for key in ("deter", "stoch")}
-        deter = self._advance(kept, action * keep.unsqueeze(-1))
-        stats = self._stats(self.post_out(self.fusion.step(deter, prepared)))
-        return {"deter": deter, "stoch": self.draw(stats, noise), **stats}
+    def _inputs(
+        self, action: Float[Tensor, "*b action"], tokens: Tokens, is_first: Bool[Tensor, "*b"], weights: Weights
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What does not depend on the state: the shares of the actions and embeddings, and where the state is kept."""
+        keep = (~is_first).to(action.dtype).unsqueeze(-1)
+        prepared = self.core.prepare(bounded(action) * keep, weights["core"])
+        return prepared, self.fusion.prepare(tokens, weights["fusion"]), keep
 
-    def _advance(self, state: State, action: Float[Tensor, "b action"]) -> Float[Tensor, "b deter"]:
-        """The recurrence. Actions beyond ±1 (policies are not squashed) count by their sign, each on its own."""
-        action = action / action.detach().abs().clamp(min=1.0)
-        return self.core(state["deter"], flatten_stoch(state), action)
+    def _obs_step(
+        self, state: State, action: Tensor, embed: Tensor, keep: Tensor, noise: Tensor | None, weights: Weights
+    ) -> State:
+        """One step of the posterior. `action` and `embed` are prepared; the state is zeroed where `keep` [b, 1] is 0."""
+        deter = self.core.step(state["deter"] * keep, flatten_stoch(state) * keep, action, weights["core"])
+        stats = self._stats(self.post_out(self.fusion.step(deter, embed, weights["fusion"])))
+        return {"deter": deter, "stoch": self.draw(stats, noise), **stats}
 
     def _stats(self, out: Float[Tensor, "*b stats"]) -> State:
         if self.discrete:
             return {"logit": out.unflatten(-1, (self.stoch, self.discrete))}
         mean, std = full_precision(out).chunk(2, -1)
         return {"mean": mean, "std": F.softplus(std) + self.min_std}
+
+
+def bounded(action: Float[Tensor, "*b action"]) -> Float[Tensor, "*b action"]:
+    """Actions beyond ±1 (policies are not squashed) count by their sign, each on its own."""
+    return action / action.detach().abs().clamp(min=1.0)
