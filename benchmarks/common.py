@@ -1,0 +1,173 @@
+"""Shared by the benchmarks: arguments, workloads, and the learner that is measured.
+
+The two workloads: **V** (`--obs vision`) is a 64x64x3 image with the networks of size12m, **P** (`--obs proprio`) a
+vector of 24 numbers with those of size1m. Both have 6 continuous actions, batches of 16 x 64 steps, and imagine 15
+steps from all 1,024 states.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from gymnasium import spaces as gs
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # before this folder, whose `replay.py` is another
+
+from measuring import machine, waiter  # noqa: E402
+
+import config as configuration  # noqa: E402
+import tools  # noqa: E402
+from config import Config  # noqa: E402
+from dreamer import Dreamer, Trainer  # noqa: E402
+from replay import Replay  # noqa: E402
+
+ACTIONS, NUMBERS = 6, 24
+SIZES = {"vision": "size12m", "proprio": "size1m"}
+STREAMS = 4  # environments that the synthetic data seems to come from
+EPISODE = 500  # steps
+EAGER = {"compile": False, "run": "eager"}  # what turns compilation off, under whichever name the key goes
+
+
+# Arguments
+
+
+def parser(doc: str, repeats: int = 10, warmup: int = 3) -> argparse.ArgumentParser:
+    """Arguments of the benchmarks that measure an agent. Whatever it does not know is a key of the configuration."""
+    out = argparse.ArgumentParser(
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Any other --key value goes to the configuration (python dreamer.py --help), such as --device, "
+        "--precision, --compile, --threads, --batch_size, --batch_length.",
+    )
+    out.add_argument("--obs", choices=SIZES, default="vision", help="what is observed: a 64x64x3 image or 24 numbers")
+    out.add_argument("--size", help="block of the configuration; size12m for vision, size1m for proprio")
+    out.add_argument("--horizon", type=int, help="imagined steps, 15 if not given")
+    out.add_argument("--repeats", type=int, default=repeats, help="samples to take")
+    out.add_argument("--warmup", type=int, default=warmup, help="calls before the first sample, beside the very first")
+    return out
+
+
+def parse(out: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, with the configuration that they make as `config`. A mistake ends the program with one line."""
+    args, keys = out.parse_known_args(argv)
+    args.size = args.size or SIZES[args.obs]
+    horizon = [] if args.horizon is None else ["--imag_horizon", str(args.horizon)]
+    args.config = load("--configs", args.size, *horizon, *keys)
+    return args
+
+
+def load(*keys: str) -> Config:
+    """The configuration, and what a run does with it before anything else."""
+    with configuration.one_line_errors():
+        config = configuration.load(keys)
+    logging.basicConfig(level=logging.WARNING)
+    tools.seed_everything(config.seed)
+    tools.set_threads(config.threads)
+    if config.deterministic_run:
+        tools.enable_deterministic_run()
+    return config
+
+
+def eager(config: Config) -> Config:
+    """The same, not compiled: so that parts can be timed, and arithmetic counted."""
+    return config.replace(**{key: value for key, value in EAGER.items() if key in config})
+
+
+# What is measured
+
+
+def spaces(obs: str, config: Config) -> tuple[dict[str, gs.Space], gs.Space]:
+    """Observations and actions of a workload."""
+    if obs == "vision":
+        seen = {"image": gs.Box(0, 255, (*config.image_size, 3), np.uint8)}
+    else:
+        seen = {"vector": gs.Box(-np.inf, np.inf, (NUMBERS,), np.float32)}
+    return seen, gs.Box(-1.0, 1.0, (ACTIONS,), np.float32)
+
+
+def make_agent(obs: str, config: Config) -> Dreamer:
+    return Dreamer(*spaces(obs, config), config, tools.pick_device(config.device))
+
+
+class Learner(Trainer):
+    """A run without environments, files and logs. What is left is its update, on synthetic steps in a real replay.
+
+    stored: steps in the replay.
+    """
+
+    def __init__(self, obs: str, config: Config, stored: int = 4096):
+        self.config, self.device = config, tools.pick_device(config.device)
+        self.obs_space, self.act_space = spaces(obs, config)
+        self.agent = Dreamer(self.obs_space, self.act_space, config, self.device)
+        stored = max(stored, 4 * STREAMS * (config.batch_length + 1))
+        options = self._replay_options(config.seed)
+        self.replay = Replay(None, capacity=2 * stored, streams=STREAMS, **options)
+        fill(self.replay, self.obs_space, stored, np.random.default_rng(config.seed))
+        self.logdir, self.updates, self.pending, self.metrics = Path(), 0, None, tools.Metrics()
+        self._wait = waiter(self.device)
+
+    def update(self) -> None:
+        """A full update: sample, to the device, both losses, backward, optimizer, the former one's latents written."""
+        self._update()
+
+    def finish(self) -> None:
+        """Writes the latest latents back and waits for the device."""
+        self._write_latents()
+        self._wait()
+
+    def batch(self) -> dict:
+        """A batch on the device, as `train_step` takes it."""
+        batch = self.replay.sample(self.config.batch_size)
+        return self.agent.to_device({**batch, "context": batch.context})
+
+
+def fill(replay: Replay, obs_space: dict[str, gs.Space], steps: int, rng: np.random.Generator) -> None:
+    """Adds `steps` random steps with latents, a share to each stream, in episodes."""
+    latent = replay.latent
+    for index in range(steps):
+        time, stream = divmod(index, replay.streams)
+        flags = {"is_first": time % EPISODE == 0, "is_last": time % EPISODE == EPISODE - 1, "is_terminal": False}
+        seen = {key: draw(space, rng) for key, space in obs_space.items()}
+        action = rng.uniform(-1, 1, replay.action_size).astype(np.float32)
+        deter = rng.uniform(-1, 1, latent["deter"]).astype(np.float16)
+        stoch = rng.integers(0, max(1, latent["classes"]), latent["stoch"], dtype=np.uint8)
+        replay.add(stream, {**seen, **flags, "reward": rng.normal(), "action": action}, (deter, stoch))
+
+
+def draw(space: gs.Space, rng: np.random.Generator, *lead: int) -> np.ndarray:
+    """Random observations: any pixel, or numbers of about one."""
+    shape = (*lead, *space.shape)
+    if space.dtype == np.uint8:
+        return rng.integers(0, 256, shape, dtype=np.uint8)
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def parameters(agent: Dreamer) -> int:
+    """Trained parameters, without copies such as the slow critic."""
+    return sum(group.data.numel() for group in agent.optimizer.groups.values())
+
+
+def facts(bench: str, args: argparse.Namespace, agent: Dreamer) -> dict:
+    """What was measured and on what: the head of every result."""
+    config, device = args.config, agent.device
+    precision = config.precision
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" else "float32"
+    return {
+        "bench": bench,
+        "size": args.size,
+        "obs": args.obs,
+        "device": device.type,
+        "machine": machine(device),
+        "torch": torch.__version__,
+        "precision": precision,
+        "compile": config.get("run", config.get("compile")),
+        "threads": torch.get_num_threads(),
+        "params": parameters(agent),
+    }
