@@ -153,12 +153,16 @@ def parameters(agent: Dreamer) -> int:
     return sum(group.data.numel() for group in agent.optimizer.groups.values())
 
 
+def precision(config: Config, device: torch.device) -> str:
+    """What `auto` stands for on this device."""
+    if config.precision == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    return config.precision
+
+
 def facts(bench: str, args: argparse.Namespace, agent: Dreamer) -> dict:
     """What was measured and on what: the head of every result."""
     config, device = args.config, agent.device
-    precision = config.precision
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" else "float32"
     return {
         "bench": bench,
         "size": args.size,
@@ -166,7 +170,7 @@ def facts(bench: str, args: argparse.Namespace, agent: Dreamer) -> dict:
         "device": device.type,
         "machine": machine(device),
         "torch": torch.__version__,
-        "precision": precision,
+        "precision": precision(config, device),
         "compile": config.get("run", config.get("compile")),
         "threads": torch.get_num_threads(),
         "params": parameters(agent),

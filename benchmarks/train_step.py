@@ -100,7 +100,7 @@ def show(result: dict) -> None:
 
 
 def phases(args: argparse.Namespace) -> dict:
-    """Time of each part of an update. They may add up to more than one: the device is waited for at both ends of each."""
+    """Time of each part. They may add up to more than an update: the device is waited for at both ends of each."""
     learner = common.Learner(args.obs, common.eager(args.config))
     result = head("train_step_phases", args, learner) | {"compile": False}
     for _ in range(1 + args.warmup):

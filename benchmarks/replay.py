@@ -1,0 +1,109 @@
+"""Sampling time of the replay against the number of stored steps, speed of adding, and memory per step.
+
+    python benchmarks/replay.py                                # vectors, size1m's latents, 1e4 to 1e6 steps
+    python benchmarks/replay.py --obs vision --stored 1e4 1e5  # 64x64x3 images, size12m's latents
+
+If sampling does not depend on what is stored, its column stays the same from the first row to the last. Sizes that
+would not fit in memory are left out and named. Any key of the configuration may follow.
+"""
+
+import time
+from collections.abc import Sequence
+
+import common
+import numpy as np
+from measuring import available_bytes, loglog_slope, measure, resident_bytes
+from report import amount, emit, gibibytes, seconds, table
+
+from replay import Replay
+
+SPARE = 0.8  # of the memory that is available: more is not taken
+POOL = 64  # random steps that are added again and again, so that drawing them does not count as adding
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    parser = common.parser(__doc__, repeats=20)
+    parser.add_argument("--stored", type=float, nargs="+", default=[1e4, 1e5, 1e6], help="steps stored")
+    parser.set_defaults(obs="proprio")
+    args = common.parse(parser, argv)
+    config = args.config
+    obs_space, act_space = common.spaces(args.obs, config)
+    replay = Replay(
+        None,
+        obs_space,
+        act_space.shape[0],
+        latent={"deter": config.dyn.deter, "stoch": config.dyn.stoch, "classes": config.dyn.discrete},
+        capacity=2 * int(max(args.stored)),
+        length=config.batch_length,
+        streams=config.envs,
+        seed=config.seed,
+        online=False,  # all windows are drawn
+    )
+    fits, rest = affordable(replay, sorted(map(int, args.stored)))
+    for stored in rest:
+        print(f"Left out: {stored:,} steps would take {gibibytes(replay.estimate_bytes(stored))}")
+    pool = steps(replay, obs_space, np.random.default_rng(config.seed))
+    points = []
+    for stored in fits:
+        before, resident, start = len(replay), resident_bytes(), time.perf_counter()
+        add(replay, pool, stored)
+        took, grown, added = time.perf_counter() - start, resident_bytes() - resident, stored - before
+        batch = replay.empty(config.batch_size)
+        times = measure(lambda out=batch: replay.sample(config.batch_size, out), repeats=args.repeats)
+        growth = {"add_s": took / added, "resident_bytes_per_step": grown / added}
+        points.append({"stored": stored, **times.summary(), **growth})
+    estimate = replay.bytes_per_step
+    facts = {"bench": "replay", "size": args.size, "obs": args.obs, "batch": config.batch_size}
+    facts |= {"length": config.batch_length, "streams": config.envs, "left_out": rest}
+    facts |= {"bytes_per_step": estimate, "points": points}
+    if len(points) > 1:
+        facts["slope"] = loglog_slope([p["stored"] for p in points], [p["median_s"] for p in points])
+    title = f"batches of {config.batch_size} x {config.batch_length}, {args.obs}, latents of {args.size}"
+    head = ("stored steps", "sampling", "min to max", "adding a step", "added per s", "RSS per step", "estimated")
+    table(title, head, [row(point, estimate) for point in points])
+    if "slope" in facts:
+        print(f"Sampling time grows with (stored steps) ^ {facts['slope']:.2f}; 0 is: not at all.")
+    return emit(facts)
+
+
+def affordable(replay: Replay, wanted: list[int]) -> tuple[list[int], list[int]]:
+    """Which sizes fit in memory, and which do not."""
+    room = SPARE * available_bytes()
+    fits = [stored for stored in wanted if replay.estimate_bytes(stored) <= room]
+    return fits, wanted[len(fits) :]
+
+
+def steps(replay: Replay, obs_space: dict, rng: np.random.Generator) -> list[tuple[dict, tuple]]:
+    """Random steps with their latents."""
+    pool = []
+    for _ in range(POOL):
+        step = {key: common.draw(space, rng) for key, space in obs_space.items()}
+        step |= {"reward": 0.5, "action": np.zeros(replay.action_size, np.float32), "is_terminal": False}
+        deter = rng.uniform(-1, 1, replay.latent["deter"]).astype(np.float16)
+        pool.append((step, (deter, np.zeros(replay.latent["stoch"], np.uint8))))
+    return pool
+
+
+def add(replay: Replay, pool: list[tuple[dict, tuple]], until: int) -> None:
+    """Adds steps to all streams in turn until there are so many."""
+    for index in range(len(replay), until):
+        step, latent = pool[index % len(pool)]
+        time, stream = divmod(index, replay.streams)
+        phase = time % common.EPISODE
+        replay.add(stream, step | {"is_first": phase == 0, "is_last": phase == common.EPISODE - 1}, latent)
+
+
+def row(point: dict, estimate: int) -> tuple:
+    return (
+        f"{point['stored']:,}",
+        seconds(point["median_s"]),
+        f"{seconds(point['min_s'])} to {seconds(point['max_s'])}",
+        seconds(point["add_s"]),
+        amount(1 / point["add_s"]),
+        f"{point['resident_bytes_per_step']:,.0f} B",
+        f"{estimate:,} B",
+    )
+
+
+if __name__ == "__main__":
+    main()
