@@ -53,12 +53,15 @@ def parser(doc: str, repeats: int = 10, warmup: int = 3) -> argparse.ArgumentPar
     return out
 
 
-def parse(out: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments, with the configuration that they make as `config`. A mistake ends the program with one line."""
+def parse(out: argparse.ArgumentParser, argv: Sequence[str] | None = None, *own: str) -> argparse.Namespace:
+    """The arguments, with the configuration that they make as `config`; `own` are the benchmark's settings for it.
+
+    A mistake ends the program with one line.
+    """
     args, keys = out.parse_known_args(argv)
     args.size = args.size or SIZES[args.obs]
     horizon = [] if args.horizon is None else ["--imag_horizon", str(args.horizon)]
-    args.config = load("--configs", args.size, *horizon, *keys)
+    args.config = load("--configs", args.size, *own, *horizon, *keys)
     return args
 
 

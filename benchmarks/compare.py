@@ -4,8 +4,8 @@
         --theirs "PEERS=/peers NT=2 /peers/venv/bin/python /drivers/drv_jax.py --work P" --rounds 3
 
 A command may begin with VAR=value; one that begins with a Python file runs in this interpreter. Its last line of JSON
-is read: `median_s` as our benchmarks print it, or `median` (seconds) on a line that begins with `RESULT `, as drivers of
-other implementations do. Theirs runs in a temporary folder, as drivers leave files; paths in it are found from here.
+is read: `median_s` as our benchmarks print it, or `median` (seconds) on a line that begins with `RESULT `, as drivers
+of other implementations do. Theirs runs in a temporary folder, as drivers leave files; paths in it are found from here.
 """
 
 import argparse
