@@ -194,8 +194,8 @@ class Dreamer(nn.Module):
         noise = torch.empty(shape, device=self.device)
         if not gumbel:
             return noise.normal_(generator=generator)
-        tiny = torch.finfo(noise.dtype).tiny  # an exponential draw may round to 0
-        return noise.exponential_(generator=generator).clamp_(min=tiny).log_().neg_()
+        tiny = torch.finfo(noise.dtype).tiny  # a uniform draw may be 0
+        return noise.uniform_(generator=generator).clamp_(min=tiny).log_().neg_().log_().neg_()
 
     # Keeping
 

@@ -66,54 +66,71 @@ class BlockLinear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) * scale over the last axis, in float32 whatever comes in."""
+    """x / sqrt(mean(x²) + eps) * scale over the last axis, in float32 whatever comes in; then `act`, if given."""
 
     def __init__(self, size: int, eps: float = 1e-4):
         super().__init__()
         self.eps = eps
         self.scale = nn.Parameter(torch.ones(size))
 
-    def forward(self, x: Float[Tensor, "*b size"]) -> Float[Tensor, "*b size"]:
-        return rms_norm(x, self.scale, self.eps)
+    def forward(
+        self, x: Float[Tensor, "*b size"], act: Callable[[Tensor], Tensor] | None = None
+    ) -> Float[Tensor, "*b size"]:
+        return rms_norm(x, self.scale, self.eps, act)
 
 
 def rms_norm(
-    x: Float[Tensor, "..."], scale: Float[Tensor, "..."], eps: float = 1e-4, axes: tuple[int, ...] = (-1,)
+    x: Float[Tensor, "..."],
+    scale: Float[Tensor, "..."],
+    eps: float = 1e-4,
+    act: Callable[[Tensor], Tensor] | None = None,
+    axes: tuple[int, ...] = (-1,),
 ) -> Float[Tensor, "..."]:
-    """x / sqrt(mean(x²) + eps) * scale with the mean over `axes`, in float32 whatever comes in.
+    """act(x / sqrt(mean(x²) + eps) * scale) with the mean over `axes`; the norm in float32 whatever comes in.
 
     Args:
         scale: broadcast against x.
+        act: activation, none if not given.
+        axes: the last one, and others.
     """
     wide = x.to(scale.dtype)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return FewPassRMSNorm.apply(wide, scale, eps, axes).to(x.dtype)
-    return (wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + eps) * scale).to(x.dtype)
+    if x.device.type == "cpu" and act in (None, F.silu) and not torch.compiler.is_compiling():
+        return FewPassNorm.apply(wide, scale, eps, act is F.silu, axes).to(x.dtype)
+    out = (wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + eps) * scale).to(x.dtype)
+    return act(out) if act else out
 
 
-class FewPassRMSNorm(torch.autograd.Function):
-    """`rms_norm` with half the passes over memory: on a CPU these are what a norm costs, and nothing fuses them."""
+class FewPassNorm(torch.autograd.Function):
+    """RMS norm, with or without SiLU, for a CPU: nothing fuses its steps there, and passes over memory are its cost.
+
+    It works in place and keeps only its input for the backward pass.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, eps: float, axes: tuple[int, ...]) -> Tensor:
-        size = math.prod(x.shape[axis] for axis in axes)
-        inverse = torch.linalg.vector_norm(x, dim=axes, keepdim=True).square_().div_(size).add_(eps).rsqrt_()
+    def forward(ctx, x: Tensor, scale: Tensor, eps: float, silu: bool, axes: tuple[int, ...]) -> Tensor:
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()  # over more axes at once it is slow
+        squares = squares if axes == (-1,) else squares.sum(axes, keepdim=True)
+        ctx.size = math.prod(x.shape[axis] for axis in axes)
+        inverse = squares.div_(ctx.size).add_(eps).rsqrt_()
         ctx.save_for_backward(x, scale, inverse)
-        ctx.axes, ctx.size = axes, size
-        return (x * inverse).mul_(scale)
+        ctx.axes, ctx.silu = axes, silu
+        out = (x * inverse).mul_(scale)
+        return F.silu(out, inplace=True) if silu else out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, scale, inverse = ctx.saved_tensors
         normed = x * inverse
+        if ctx.silu:
+            grad = torch.ops.aten.silu_backward(grad, normed * scale)
         product = grad * normed
         grad_scale = product.sum_to_size(scale.shape) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
-            return None, grad_scale, None, None
-        along = (product.mul_(scale)).sum(ctx.axes, keepdim=True).div_(-ctx.size)
-        grad_x = (grad * scale).addcmul_(normed, along).mul_(inverse)
-        return grad_x, grad_scale, None, None
+            return None, grad_scale, None, None, None
+        along = product.mul_(scale).sum(ctx.axes, keepdim=True).div_(-ctx.size)
+        grad = grad.mul_(scale) if ctx.silu else grad * scale
+        return grad.addcmul_(normed, along).mul_(inverse), grad_scale, None, None, None
 
 
 class Dense(nn.Module):
@@ -126,7 +143,7 @@ class Dense(nn.Module):
         self.act = ACTIVATIONS[act]
 
     def forward(self, x: Float[Tensor, "*b in"]) -> Float[Tensor, "*b out"]:
-        return self.act(self.norm(self.linear(x)))
+        return self.norm(self.linear(x), self.act)
 
 
 class MLP(nn.Sequential):
@@ -174,7 +191,7 @@ class Conv(nn.Module):
         x = self.pool(self.conv(x))
         if self.norm is None:
             return x
-        return self.act(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return self.norm(x.permute(0, 2, 3, 1), self.act).permute(0, 3, 1, 2)
 
 
 class ScalarHead(nn.Module):

@@ -194,7 +194,7 @@ class Stream(nn.Module):
         """Critic loss against the returns of all but the last state, and the slow critic. The last entry is void."""
         padded = F.pad(target.detach(), (0, 1))
         slow = self.slow_critic(feat.detach()).mode()
-        return dist.loss(padded) + self.slow_regularizer * dist.loss(slow)
+        return dist.loss(padded) + self.slow_regularizer * dist.loss(slow)  # XXX
 
     def target_value(self, feat: Tensor) -> Tensor:
         """Values that returns are bootstrapped with, with gradient to `feat`."""

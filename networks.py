@@ -126,41 +126,40 @@ class BlockGRU(nn.Module):
 
     def layout(self) -> Weights:
         """Weights by name. All blocks see the same results of the dense layers: one product instead of one per block."""
-        first = self.hidden[0].weight
-        block, hidden = first.shape[2], len(self.from_deter.norm.scale)
-        own, *shared = first.split([block, 2 * hidden, hidden], 1)
-        shared, action = (part.transpose(0, 1).flatten(1) for part in shared)
+        first, dense = self.hidden[0].weight, (self.from_deter, self.from_stoch, self.from_action)
+        own, shared = first.split([first.shape[2], first.shape[1] - first.shape[2]], 1)
+        gate_bias = self.gates.bias.unflatten(0, (self.blocks, 3, -1)) - gate_offset(self.gates.bias)
         return {
             "own": own,
-            "shared": shared,
-            "action": action,
-            "dense_scale": torch.stack([self.from_deter.norm.scale, self.from_stoch.norm.scale]),
-            "biases": [layer.bias.unflatten(0, (self.blocks, 1, -1)) for layer in [*self.hidden[1:], self.gates]],
+            "shared": shared.transpose(0, 1).flatten(1),
+            "dense_scale": torch.stack([layer.norm.scale for layer in dense]),
+            "biases": [layer.bias.unflatten(0, (self.blocks, 1, -1)) for layer in self.hidden[1:]]
+            + [gate_bias.flatten(1).unsqueeze(1)],
             "scales": [norm.scale.unflatten(0, (self.blocks, 1, -1)) for norm in self.norms],
         }
 
-    def prepare(self, action: Float[Tensor, "*b action"], weights: Weights) -> Float[Tensor, "*b deter"]:
-        return F.linear(self.from_action(action), weights["action"].t(), self.hidden[0].bias)
+    def prepare(self, action: Float[Tensor, "*b action"]) -> Float[Tensor, "*b hidden"]:
+        return self.from_action.linear(action)
 
     def step(
         self,
         deter: Float[Tensor, "b deter"],
         stoch: Float[Tensor, "b stoch"],
-        prepared: Float[Tensor, "b deter"],
+        prepared: Float[Tensor, "b hidden"],
         weights: Weights,
     ) -> Float[Tensor, "b deter"]:
-        inputs = torch.stack([self.from_deter.linear(deter), self.from_stoch.linear(stoch)], 1)
-        shared = self.act(rms_norm(inputs, weights["dense_scale"])).flatten(1)
-        x = torch.addmm(prepared, shared, weights["shared"])
-        # From here on [blocks, b, width]: what a batched product takes and gives, without a copy in between.
+        inputs = torch.stack([self.from_deter.linear(deter), self.from_stoch.linear(stoch), prepared], 1)
+        shared = rms_norm(inputs, weights["dense_scale"], act=self.act).flatten(1)
+        shared = self._by_block(torch.addmm(self.hidden[0].bias, shared, weights["shared"]))
+        # From here on [blocks, b, width]: what a batched product takes and gives, without a copy in between. Adding in
+        # place is cheaper than `baddbmm`, which copies what it adds first.
         blockwise = self._by_block(deter)
-        x = torch.baddbmm(self._by_block(x), blockwise.to(x.dtype), weights["own"])
+        x = torch.bmm(blockwise.to(shared.dtype), weights["own"]).add_(shared)
         layers = [*self.hidden[1:], self.gates]
         for layer, bias, scale in zip(layers, weights["biases"], weights["scales"], strict=True):
-            x = self.act(rms_norm(x, scale, axes=(0, 2)))
-            x = torch.baddbmm(bias, x, layer.weight)
-        reset, cand, update = x.to(deter.dtype).chunk(3, -1)
-        return blend(reset, cand, update, blockwise).transpose(0, 1).flatten(1)
+            x = rms_norm(x, scale, act=self.act, axes=(0, -1))
+            x = torch.bmm(x, layer.weight).add_(bias)
+        return blend(*x.to(deter.dtype).chunk(3, -1), blockwise).transpose(0, 1).flatten(1)
 
     def _by_block(self, x: Float[Tensor, "b deter"]) -> Float[Tensor, "blocks b own"]:
         return x.unflatten(-1, (self.blocks, -1)).transpose(0, 1)
@@ -180,7 +179,7 @@ class GRU(nn.Module):
     def layout(self) -> Weights:
         return {}
 
-    def prepare(self, action: Float[Tensor, "*b action"], weights: Weights) -> Float[Tensor, "*b action"]:
+    def prepare(self, action: Float[Tensor, "*b action"]) -> Float[Tensor, "*b action"]:
         return action
 
     def step(
@@ -192,12 +191,43 @@ class GRU(nn.Module):
     ) -> Float[Tensor, "b deter"]:
         x = self.mlp(torch.cat([stoch, prepared], -1))
         gates = self.norm(self.gates(torch.cat([x, deter.to(x.dtype)], -1))).to(deter.dtype)
-        return blend(*gates.chunk(3, -1), deter)
+        return blend(*(gates.unflatten(-1, (3, -1)) - gate_offset(gates)).unbind(-2), deter)
+
+
+def gate_offset(like: Tensor) -> Float[Tensor, "3 1"]:
+    """What is taken off the pre-activations of reset, candidate, update: the update gate is biased to keep the state."""
+    return (torch.arange(3, device=like.device) == 2).to(like.dtype).unsqueeze(-1)
 
 
 def blend(reset: Tensor, cand: Tensor, update: Tensor, deter: Tensor) -> Tensor:
-    """The gated update of `deter`: u tanh(sigmoid(reset) cand) + (1 - u) deter, with u = sigmoid(update - 1)."""
-    return torch.lerp(deter, torch.tanh(torch.sigmoid(reset) * cand), torch.sigmoid(update - 1))
+    """The gated update of `deter`: u tanh(sigmoid(reset) cand) + (1 - u) deter, with u = sigmoid(update)."""
+    if deter.device.type == "cpu" and not torch.compiler.is_compiling():
+        return FewPassBlend.apply(reset, cand, update, deter)
+    return torch.lerp(deter, torch.tanh(torch.sigmoid(reset) * cand), torch.sigmoid(update))
+
+
+class FewPassBlend(torch.autograd.Function):
+    """`blend` in place, for a CPU: there tanh takes four times as long as the sigmoid that it can be had from."""
+
+    @staticmethod
+    def forward(ctx, reset: Tensor, cand: Tensor, update: Tensor, deter: Tensor) -> Tensor:
+        reset = torch.sigmoid(reset)
+        new = (reset * cand).mul_(2).sigmoid_().mul_(2).sub_(1)
+        update = torch.sigmoid(update)
+        ctx.save_for_backward(reset, cand, update, new, deter)
+        return torch.lerp(deter, new, update)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        reset, cand, update, new, deter = ctx.saved_tensors
+        grad_new = grad * update
+        grad_deter = grad - grad_new
+        grad_update = (new - deter).mul_(grad_deter).mul_(update)  # u' = u (1 - u), and grad (1 - u) is at hand
+        grad_inner = grad_new.mul_(1 - new.square())
+        grad_cand = grad_inner * reset
+        grad_reset = grad_inner.mul_(cand).mul_(reset.square().neg_().add_(reset))
+        return grad_reset, grad_cand, grad_update, grad_deter
 
 
 CELLS = {"block_gru": BlockGRU, "gru": GRU}
@@ -230,7 +260,7 @@ class ConcatFusion(nn.Module):
         self, deter: Float[Tensor, "*b deter"], prepared: Float[Tensor, "*b hidden"], weights: Weights
     ) -> Float[Tensor, "*b hidden"]:
         x = prepared + F.linear(deter, weights["deter"])
-        return self.rest(self.first.act(self.first.norm(x)))
+        return self.rest(self.first.norm(x, self.first.act))
 
 
 class RSSM(nn.Module):
@@ -350,7 +380,7 @@ class RSSM(nn.Module):
     ) -> State:
         """Prior after one action. `weights`: the `layout`, if it was made already."""
         weights = weights or self.layout()
-        prepared = self.core.prepare(bounded(action), weights["core"])
+        prepared = self.core.prepare(bounded(action))
         deter = self.core.step(state["deter"], flatten_stoch(state), prepared, weights["core"])
         stats = self.prior(deter)
         return {"deter": deter, "stoch": self.draw(stats, noise), **stats}
@@ -389,7 +419,7 @@ class RSSM(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What does not depend on the state: the shares of the actions and embeddings, and where the state is kept."""
         keep = (~is_first).to(action.dtype).unsqueeze(-1)
-        prepared = self.core.prepare(bounded(action) * keep, weights["core"])
+        prepared = self.core.prepare(bounded(action) * keep)
         return prepared, self.fusion.prepare(tokens, weights["fusion"]), keep
 
     def _obs_step(

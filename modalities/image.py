@@ -150,7 +150,7 @@ class ImageDecoder(nn.Module):
         by_block = by_block.reshape(-1, self.blocks, height, width, depth // self.blocks)
         x = by_block.permute(0, 2, 3, 1, 4).reshape(-1, height, width, depth)
         x = x + self.from_stoch(stoch).reshape(-1, height, width, depth)
-        x = self.act(self.norm(x)).permute(0, 3, 1, 2)
+        x = self.norm(x, self.act).permute(0, 3, 1, 2)
         for stage in self.stages:
             x = stage(self.upsample(x))
         x = x.permute(0, 2, 3, 1)
