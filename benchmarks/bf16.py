@@ -1,12 +1,15 @@
-"""Losses in bfloat16 beside float32: the same weights, batch and noise.
+"""Losses and gradients in bfloat16 beside float32: the same weights, batches and noise.
 
     python benchmarks/bf16.py                              # workload V
     python benchmarks/bf16.py --obs proprio --updates 100
 
-The networks first learn `--updates` updates in float32, fast: fresh heads spread their probability over bins of up to
-±5e8, which cancel in the mean, and of what is left after that no precision tells much (`policy` is made of it). A loss
-differs by the difference of the two means over the mean size of its entries, so that one that may have either sign has
-a scale too. The exit status is 1 if any differs by more than `--tolerance`. Any key of the configuration may follow.
+The networks first learn `--updates` updates in float32, and fast: fresh heads spread their probability over bins of up
+to ±5e8, which cancel in the mean, and little of what is left is exact in any precision.
+
+A loss differs by the difference of the two means over the mean size of its entries. The exit status is 1 if one differs
+by more than `--tolerance`, or their scaled sum does. Of `policy` alone this is told and not judged: it is a sum of
+advantages, small differences of large numbers, that averages to about zero, so that only its gradient has a meaning.
+`actor` says how well that agrees: the cosine between the two precisions' gradients.
 """
 
 import sys
@@ -14,17 +17,21 @@ from collections.abc import Sequence
 
 import common
 import torch
+import torch.nn.functional as F
 from report import emit, share, table
 from torch import Tensor
 
+from dreamer import Dreamer
 from models import total_loss
+
+TOLD = ("policy",)  # and not judged
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
     parser = common.parser(__doc__)
     parser.add_argument("--updates", type=int, default=100, help="updates in float32 before the comparison")
     parser.add_argument("--batches", type=int, default=4, help="batches to average over")
-    parser.add_argument("--tolerance", type=float, default=0.02)
+    parser.add_argument("--tolerance", type=float, default=0.02, help="of the losses")
     args = common.parse(parser, argv, "--opt.lr", "1e-3", "--opt.warmup", "0")
     torch.backends.cudnn.allow_tf32 = False  # float32 that is what it says
     args.config = common.eager(args.config).replace(precision="float32")
@@ -32,33 +39,49 @@ def main(argv: Sequence[str] | None = None) -> dict:
     for _ in range(args.updates):
         learner.update()
     learner.finish()
-    half = common.make_agent(args.obs, args.config.replace(precision="bfloat16"))
-    half.world_model.load_state_dict(learner.agent.world_model.state_dict())
-    half.behavior.load_state_dict(learner.agent.behavior.state_dict())
-    found = [losses(learner, half) for _ in range(args.batches)]
-    wide, narrow = ({name: torch.cat([pair[i][name] for pair in found]) for name in found[0][i]} for i in (0, 1))
-    errors = {name: difference(wide[name], narrow[name]) for name in wide}
-    totals = [float(total_loss(each, learner.agent.loss_scales)) for each in (wide, narrow)]
-    errors["total"] = abs(totals[0] - totals[1]) / abs(totals[0])
-    means = {name: (float(wide[name].mean()), float(narrow[name].mean())) for name in wide} | {"total": totals}
+    narrow = common.make_agent(args.obs, args.config.replace(precision="bfloat16"))
+    narrow.world_model.load_state_dict(learner.agent.world_model.state_dict())
+    narrow.behavior.load_state_dict(learner.agent.behavior.state_dict())
+    found: tuple[list, list] = ([], [])
+    for _ in range(args.batches):
+        batch = learner.batch()
+        noise = learner.agent.draw_noise(*batch["reward"].shape)
+        for agent, results in zip((learner.agent, narrow), found, strict=True):
+            results.append(backward(agent, batch, noise))
+    losses, gradients = zip(*map(together, found), strict=True)
+    return report(args, narrow, losses, gradients)
+
+
+def backward(agent: Dreamer, batch: dict, noise: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All losses, [B, T], and the gradient of each part of the agent."""
+    losses, _, _ = agent.losses(batch, noise)
+    agent.optimizer.backward(total_loss(losses, agent.loss_scales))
+    gradients = {name: group.grad.clone() for name, group in agent.optimizer.groups.items()}
+    return {name: loss.detach().float() for name, loss in losses.items()}, gradients
+
+
+def together(results: list) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Losses of all batches, joined, and the sum of their gradients."""
+    losses, gradients = zip(*results, strict=True)
+    joined = {name: torch.cat([each[name] for each in losses]) for name in losses[0]}
+    return joined, {name: sum(each[name] for each in gradients) for name in gradients[0]}
+
+
+def report(args, agent: Dreamer, losses: Sequence[dict], gradients: Sequence[dict]) -> dict:
+    means = {name: [float(each[name].mean()) for each in losses] for name in losses[0]}
+    sizes = {name: float(losses[0][name].abs().mean()) for name in means}
+    means["total"] = [float(total_loss(each, agent.loss_scales)) for each in losses]
+    sizes["total"] = abs(means["total"][0])
+    errors = {name: abs(wide - narrow) / max(sizes[name], 1e-8) for name, (wide, narrow) in means.items()}
+    cosines = {name: float(F.cosine_similarity(*(each[name] for each in gradients), dim=0)) for name in gradients[0]}
+    largest = max(error for name, error in errors.items() if name not in TOLD)
     rows = [(name, *(f"{mean:.5g}" for mean in means[name]), share(error)) for name, error in errors.items()]
-    within = all(error <= args.tolerance for error in errors.values())
-    table(f"{args.obs}, {args.size}", ("loss", "float32", "bfloat16", "difference"), rows)
-    facts = common.facts("bf16", args, half) | {"precision": "bfloat16", "updates": args.updates}
-    return emit(facts | {"differences": errors, "largest": max(errors.values()), "within": within})
-
-
-@torch.no_grad()
-def losses(learner: common.Learner, half) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """All losses [B, T] of one batch in both precisions, in float32."""
-    batch = learner.batch()
-    noise = learner.agent.draw_noise(*batch["reward"].shape)
-    both = (agent.losses(batch, noise)[0] for agent in (learner.agent, half))
-    return tuple({name: loss.detach().float() for name, loss in each.items()} for each in both)
-
-
-def difference(wide: Tensor, narrow: Tensor) -> float:
-    return float((wide.mean() - narrow.mean()).abs() / wide.abs().mean().clamp(min=1e-8))
+    title = f"{args.obs}, {args.size}, after {args.updates} updates"
+    table(title, ("loss", "float32", "bfloat16", "difference"), rows)
+    table("gradients", ("part", "cosine"), [(name, f"{value:.5f}") for name, value in cosines.items()])
+    result = common.facts("bf16", args, agent) | {"precision": "bfloat16", "updates": args.updates}
+    result |= {"differences": errors, "largest": largest, "gradient_cosines": cosines}
+    return emit(result | {"within": largest <= args.tolerance})
 
 
 if __name__ == "__main__":

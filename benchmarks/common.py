@@ -6,7 +6,6 @@ steps from all 1,024 states.
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,7 +68,6 @@ def load(*keys: str) -> Config:
     """The configuration, and what a run does with it before anything else."""
     with configuration.one_line_errors():
         config = configuration.load(keys)
-    logging.basicConfig(level=logging.WARNING)
     tools.seed_everything(config.seed)
     tools.set_threads(config.threads)
     if config.deterministic_run:

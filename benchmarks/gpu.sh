@@ -130,7 +130,7 @@ device=(--device "$DEVICE")
 walker=(--configs dmc_vision --task dmc_walker_walk --envs 16 --train_ratio 512)
 few=(--repeats 20 --warmup 5) tiny=() span=(--frames 4000 --seconds 120) stored=(1e4 1e5 1e6)
 if [[ $QUICK ]]; then
-  few=(--repeats 2 --warmup 1) tiny=(--size debug) span=(--frames 60 --seconds 40 --warmup 3) stored=(1e3 1e4)
+  few=(--repeats 2 --warmup 1) tiny=(--size debug) span=(--frames 60 --seconds 40 --warmup 3) stored=(2e3 1e4)
   walker=(--configs dmc_vision debug --task dmc_walker_walk)
 fi
 for stage in "${stages[@]}"; do

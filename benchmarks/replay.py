@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser.set_defaults(obs="proprio")
     args = common.parse(parser, argv)
     config = args.config
+    least = config.envs * (config.batch_length + 1)
+    if min(args.stored) < least:
+        parser.error(f"--stored {min(args.stored):g}: a window in each of {config.envs} streams takes {least} steps")
     obs_space, act_space = common.spaces(args.obs, config)
     replay = Replay(
         None,

@@ -57,7 +57,8 @@ def update(args: argparse.Namespace) -> dict:
         profile(learner)
     if common.eager(config) != config:
         device, learner = learner.device, None  # one at a time in memory
-        torch.cuda.empty_cache() if device.type == "cuda" else None
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         learner = common.Learner(args.obs, common.eager(config))
     batch = learner.batch()
     counter = count_flop(lambda: learner.agent.train_step(batch))

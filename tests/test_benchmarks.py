@@ -290,7 +290,8 @@ def test_scaling(capsys, tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
-def test_training(capsys):
+def test_training(capsys, monkeypatch):
+    monkeypatch.setattr(training.tools, "setup_logging", lambda level: None)  # pytest has its own
     keys = ("--configs", "debug", "--task", "gym_CartPole-v1", "--device", "cpu", "--batch_size", "2")
     training.main(["--frames", "20", "--warmup", "2", *keys])
     found = last_line(capsys)
@@ -304,6 +305,7 @@ def test_bf16(capsys):
     found = bf16.main([*TINY, "--updates", "1", "--batches", "1", "--tolerance", "10"])
     assert last_line(capsys) == found
     assert found["within"] and found["differences"]["rec/vector"] < 0.02 and "total" in found["differences"]
+    assert found["gradient_cosines"].keys() == {"world", "actor", "critic"} and found["gradient_cosines"]["world"] > 0.9
 
 
 def test_resume(capsys, tmp_path, monkeypatch):
