@@ -77,8 +77,7 @@ class Dreamer(nn.Module):
         half = config.precision == "bfloat16" or (config.precision == "auto" and self.device.type == "cuda")
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=half)
         if config.compile:
-            rssm = self.world_model.rssm
-            rssm._obs_step, rssm.img_step = torch.compile(rssm._obs_step), torch.compile(rssm.img_step)
+            self._compile()
 
     def _optimizer(
         self, lr: float, actor_lr: float | None, critic_lr: float | None, max_bad: int, **options
@@ -93,6 +92,15 @@ class Dreamer(nn.Module):
             "critic": (critics, critic_lr or lr),
         }
         return Optimizer(groups, **options)
+
+    def _compile(self) -> None:
+        """Compiles the parts that are made of many small operations, each alone: the loops over time stay loops, as
+        unrolled they would take minutes to compile.
+        """
+        world_model, behavior = self.world_model, self.behavior
+        parts = [(world_model.rssm, "_obs_step"), (world_model.rssm, "img_step"), (behavior, "policy")]
+        for owner, name in [*parts, (world_model, "score"), (behavior, "learn")]:
+            setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
 
     # Acting
 

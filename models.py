@@ -70,6 +70,11 @@ class WorldModel(nn.Module):
             noise: what the posterior is drawn with.
         """
         post, prior = self.observe(batch, noise)
+        losses, metrics = self.score(post, prior, batch)
+        return losses, post, metrics
+
+    def score(self, post: State, prior: State, batch: dict) -> tuple[Losses, Metrics]:
+        """The losses of states that are known already, for all steps at once (see `loss`)."""
         feat = features(post)
         losses = {}
         present = {key: batch.get(f"present/{key}") for key in self.decoder.keys}
@@ -82,7 +87,7 @@ class WorldModel(nn.Module):
         losses["con"] = self.cont(self._stop(feat, "cont")).loss(goes_on * self.discount if self.contdisc else goes_on)
         dyn, rep = self.rssm.kl(post, prior)
         losses["dyn"], losses["rep"] = dyn.clamp(min=self.kl_free), rep.clamp(min=self.kl_free)
-        return losses, post, self._metrics(losses, post, prior, dyn)
+        return losses, self._metrics(losses, post, prior, dyn)
 
     def observe(self, batch: dict, noise: Tensor | None = None) -> tuple[State, State]:
         """Posterior and prior states [B, T, ...] of a replayed batch, from its stored context."""
@@ -194,7 +199,7 @@ class Stream(nn.Module):
         """Critic loss against the returns of all but the last state, and the slow critic. The last entry is void."""
         padded = F.pad(target.detach(), (0, 1))
         slow = self.slow_critic(feat.detach()).mode()
-        return dist.loss(padded) + self.slow_regularizer * dist.loss(slow)  # XXX
+        return dist.loss(padded) + self.slow_regularizer * dist.loss(slow)
 
     def target_value(self, feat: Tensor) -> Tensor:
         """Values that returns are bootstrapped with, with gradient to `feat`."""
@@ -280,6 +285,12 @@ class ImagBehavior(nn.Module):
             traj = world_model.imagine(
                 start, self._rollout_policy, self.initial(shape.numel()), self.imag_horizon, noise
             )
+        return self.learn(world_model, traj, post, batch)
+
+    def learn(self, world_model: WorldModel, traj: dict[str, Tensor], post: State, batch: dict) -> tuple[Losses, Metrics]:
+        """The losses of a trajectory that was imagined already, for all steps at once (see `loss`)."""
+        shape, backprop = batch["reward"].shape, self.dynamics_share > 0
+        with frozen(world_model) if backprop else torch.no_grad():
             cont = world_model.cont(traj["feat"]).prob
         feat, action = traj["feat"].detach(), traj["action"].detach()
         weight = self._weight(cont).detach()[:, :-1]
