@@ -158,7 +158,7 @@ class Conv(nn.Module):
     """Convolution -> (2x2 max-pool) -> RMSNorm over channels -> activation, on [N, C, H, W] in channels-last memory.
 
     Args:
-        resize: `same` keeps the size, `pool` and `stride` halve it, `transposed` doubles it.
+        resize: `same` keeps the size, `pool` and `stride` halve it, `nearest` (then convolve) and `transposed` double it.
         norm: without it (an output layer) there is no activation either.
     """
 
@@ -184,14 +184,44 @@ class Conv(nn.Module):
         init_weight(self.conv.weight, inputs * kernel**2, scale)
         nn.init.zeros_(self.conv.bias)
         self.pool = nn.MaxPool2d(2) if resize == "pool" else nn.Identity()
+        self.register_buffer("fold", phases(kernel) if resize == "nearest" else None, persistent=False)
         self.norm = RMSNorm(outputs) if norm else None
         self.act = ACTIVATIONS[act]
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
-        x = self.pool(self.conv(x))
+        x = self.pool(self.conv(x) if self.fold is None else self._upsample(x))
         if self.norm is None:
             return x
         return self.norm(x.permute(0, 2, 3, 1), self.act).permute(0, 3, 1, 2)
+
+    def _upsample(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 2*h 2*w"]:
+        """Nearest-neighbour upsampling by 2, then the convolution, as one smaller convolution with four times the
+        channels: exactly the same, with 9/25 of the arithmetic for a kernel of 5.
+        """
+        weight = torch.einsum("psk,qtl,oikl->opqist", self.fold, self.fold, self.conv.weight)
+        weight, bias = weight.flatten(0, 2), self.conv.bias.repeat_interleave(4)
+        return F.pixel_shuffle(F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2), 2)
+
+
+def phases(kernel: int) -> Float[Tensor, "2 taps kernel"]:
+    """Which taps of a kernel fall on which pixel of the small map, for even and odd pixels of the map upsampled by 2.
+
+    Pixel 2i + p of the large map and tap k of a centred kernel read the small map's pixel i + floor((p + k - edge) / 2).
+    """
+    edge = (kernel - 1) // 2
+    reads = torch.tensor([[(p + k - edge) // 2 for k in range(kernel)] for p in range(2)])
+    reach = int(reads.abs().max())
+    return (reads.unsqueeze(1) == torch.arange(-reach, reach + 1).view(1, -1, 1)).float()
+
+
+def in_pieces(function: Callable[[Tensor], Tensor], x: Float[Tensor, "n ..."], size: int) -> Float[Tensor, "n ..."]:
+    """`function(x)` for a function that treats every entry of the first axis alone; on a CPU in pieces of `size`.
+
+    A piece's intermediate results then stay in the processor's cache, where convolutions are faster, too.
+    """
+    if x.device.type != "cpu" or len(x) <= size:
+        return function(x)
+    return torch.cat([function(piece) for piece in x.split(size)])
 
 
 class ScalarHead(nn.Module):

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from distributions import Normal, SquaredError
 from errors import UserError
-from layers import ACTIVATIONS, BlockLinear, Conv, Dense, Linear, RMSNorm
+from layers import ACTIVATIONS, BlockLinear, Conv, Dense, Linear, RMSNorm, in_pieces
+
+# Frames that go through the convolutions together on a CPU: their maps fit its cache, their products fill its cores.
+FRAMES = 16
 
 
 def recognises(space: gs.Space) -> bool:
@@ -90,12 +93,14 @@ class ImageEncoder(nn.Module):
             frames.append(frame * present[key][..., None, None, None] if key in present else frame)
         x = torch.cat(frames, -1) if len(frames) > 1 else frames[0]
         lead = x.shape[:-3]
-        x = self.stages(x.reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2))
-        return x.permute(0, 2, 3, 1).reshape(*lead, -1)
+        return in_pieces(self._embed, x.reshape(-1, *x.shape[-3:]), FRAMES).reshape(*lead, -1)
 
     def scale(self, frame: Tensor) -> Float[Tensor, "*b h w c"]:
         dtype = self.stages[0].conv.weight.dtype
         return frame.to(dtype) / 255 - 0.5
+
+    def _embed(self, x: Float[Tensor, "n h w c"]) -> Float[Tensor, "n out"]:
+        return self.stages(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1)
 
 
 class ImageDecoder(nn.Module):
@@ -133,12 +138,12 @@ class ImageDecoder(nn.Module):
         self.from_stoch = nn.Sequential(Dense(stoch, 2 * units, act), Linear(2 * units, prod(self.start)))
         self.norm = RMSNorm(depths[-1])
         widths = [*reversed(depths), sum(self.channels.values())]
-        resize = "transposed" if upsample == "transposed" else "same"
-        self.upsample = nn.Identity() if resize == "transposed" else nn.Upsample(scale_factor=2, mode="nearest")
         last = len(mults) - 1
-        self.stages = nn.ModuleList(
-            Conv(i, o, kernel, resize, act=act, norm=n < last, scale=outscale if n == last else 1.0)
-            for n, (i, o) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+        self.stages = nn.Sequential(
+            *(
+                Conv(i, o, kernel, upsample, act=act, norm=n < last, scale=outscale if n == last else 1.0)
+                for n, (i, o) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+            )
         )
 
     def forward(
@@ -150,13 +155,13 @@ class ImageDecoder(nn.Module):
         by_block = by_block.reshape(-1, self.blocks, height, width, depth // self.blocks)
         x = by_block.permute(0, 2, 3, 1, 4).reshape(-1, height, width, depth)
         x = x + self.from_stoch(stoch).reshape(-1, height, width, depth)
-        x = self.norm(x, self.act).permute(0, 3, 1, 2)
-        for stage in self.stages:
-            x = stage(self.upsample(x))
-        x = x.permute(0, 2, 3, 1)
+        x = in_pieces(self._paint, x, FRAMES)
         x = x.reshape(*lead, *x.shape[1:])
         parts = x.split(list(self.channels.values()), -1)
         return {key: self._dist(part) for key, part in zip(self.channels, parts, strict=True)}
+
+    def _paint(self, x: Float[Tensor, "n h w depth"]) -> Float[Tensor, "n h2 w2 c"]:
+        return self.stages(self.norm(x, self.act).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def target(self, key: str, value: Tensor) -> Float[Tensor, "*b h w c"]:
         """What the distribution of `key` is scored on."""
