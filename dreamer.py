@@ -70,6 +70,7 @@ class Dreamer(nn.Module):
             **{k: config[k] for k in sections},
         )
         self.loss_scales = dict(config.loss_scales)
+        self.snapshot = None  # weights as the policy reads them, since the latest update
         self.to(self.device)
         self.optimizer = self._optimizer(**config.opt)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)  # noise of updates
@@ -99,7 +100,7 @@ class Dreamer(nn.Module):
         """
         world_model, behavior = self.world_model, self.behavior
         parts = [(world_model.rssm, "_obs_step"), (world_model.rssm, "img_step"), (behavior, "policy")]
-        for owner, name in [*parts, (world_model, "score"), (behavior, "learn")]:
+        for owner, name in [*parts, (world_model, "score"), (behavior, "learn"), (self, "_act")]:
             setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
 
     # Acting
@@ -112,7 +113,7 @@ class Dreamer(nn.Module):
             "carry": self.behavior.initial(num),
         }
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def policy(
         self,
         obs: dict[str, np.ndarray],
@@ -125,17 +126,24 @@ class Dreamer(nn.Module):
         State and previous action are reset where `is_first`. Actions are sampled, or the mode; latents are always
         sampled.
         """
-        obs = {k: self._tensor(v) for k, v in obs.items() if not k.startswith("log_")}
-        is_first, generator = obs["is_first"], generator or self.policy_generator
+        tensors = {k: self._tensor(v) for k, v in obs.items() if not k.startswith("log_")}
+        generator = generator or self.policy_generator
+        noise = {"post": self._latent_noise(len(obs["is_first"]), generator=generator)}
+        noise["action"] = self._action_noise(len(obs["is_first"]), generator=generator) if sample else None
+        if self.snapshot is None:
+            self.snapshot = self.world_model.rssm.layout()
+        state = self._act(tensors, state, noise, self.snapshot)
+        return state["action"].cpu().numpy(), state
+
+    def _act(self, obs: dict[str, Tensor], state: dict, noise: dict, weights: dict) -> dict:
+        """The state that an observation leads to, its action included: tensors in, tensors out."""
+        rssm, is_first = self.world_model.rssm, obs["is_first"]
         with self.autocast():
             tokens = self.world_model.encoder(obs)
-            noise = self._latent_noise(len(is_first), generator=generator)
-            latent = self.world_model.rssm.obs_step(state["latent"], state["action"], tokens, is_first, noise)
-            noise = self._action_noise(len(is_first), generator=generator) if sample else None
-            action, carry = self.behavior.policy(features(latent), state["carry"], is_first, noise)
-        action = action.float()
-        state = {"latent": {k: latent[k] for k in ("deter", "stoch")}, "action": action, "carry": carry}
-        return action.cpu().numpy(), state
+            latent = rssm.obs_step(state["latent"], state["action"], tokens, is_first, noise["post"], weights)
+            action, carry = self.behavior.policy(features(latent), state["carry"], is_first, noise["action"])
+        latent = {key: latent[key] for key in ("deter", "stoch")}
+        return {"latent": latent, "action": action.float(), "carry": carry}
 
     def latents(self, state: dict) -> tuple[np.ndarray, np.ndarray]:
         """The latents of a policy state as the replay keeps them: deter [E, deter], stoch [E, stoch]."""
@@ -150,6 +158,7 @@ class Dreamer(nn.Module):
         loss = total_loss(losses, self.loss_scales)
         optimized = self.optimizer.step(loss)
         self.behavior.after_step()
+        self.snapshot = None
         metrics |= {"world/loss": loss.detach()} | {f"opt/{k}": v for k, v in optimized.items()}
         return metrics, self.world_model.pack(post)
 
@@ -226,6 +235,7 @@ class Dreamer(nn.Module):
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise UserError(f"The checkpoint's networks differ from the configured ones: {reason}") from error
+        self.snapshot = None
         if not weights_only:
             # The rates are the configuration's, which a resumed run may change (--force true --opt.lr ...).
             self.optimizer.load_state_dict(state["optimizer"], rates=False)

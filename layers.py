@@ -95,27 +95,35 @@ def rms_norm(
     """
     wide = x.to(scale.dtype)
     if x.device.type == "cpu" and act in (None, F.silu) and not torch.compiler.is_compiling():
-        return FewPassNorm.apply(wide, scale, eps, act is F.silu, axes).to(x.dtype)
+        if torch.is_grad_enabled():
+            return FewPassNorm.apply(wide, scale, eps, act is F.silu, axes).to(x.dtype)
+        return few_pass_norm(wide, scale, eps, act is F.silu, axes)[0].to(x.dtype)
     out = (wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + eps) * scale).to(x.dtype)
     return act(out) if act else out
 
 
-class FewPassNorm(torch.autograd.Function):
-    """RMS norm, with or without SiLU, for a CPU: nothing fuses its steps there, and passes over memory are its cost.
-
-    It works in place and keeps only its input for the backward pass.
+def few_pass_norm(
+    x: Float[Tensor, "..."], scale: Float[Tensor, "..."], eps: float, silu: bool, axes: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm`, with or without SiLU, in place where it can be, for a CPU: nothing fuses its steps there, and passes
+    over memory are its cost. Also returns 1 / sqrt(mean(x²) + eps).
     """
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()  # over more axes at once it is slow
+    squares = squares if axes == (-1,) else squares.sum(axes, keepdim=True)
+    inverse = squares.mul_(1 / math.prod(x.shape[axis] for axis in axes)).add_(eps).rsqrt_()
+    out = (x * inverse).mul_(scale)
+    return F.silu(out, inplace=True) if silu else out, inverse
+
+
+class FewPassNorm(torch.autograd.Function):
+    """`few_pass_norm` with a backward pass of the same kind, which keeps only the input."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, eps: float, silu: bool, axes: tuple[int, ...]) -> Tensor:
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()  # over more axes at once it is slow
-        squares = squares if axes == (-1,) else squares.sum(axes, keepdim=True)
-        ctx.size = math.prod(x.shape[axis] for axis in axes)
-        inverse = squares.div_(ctx.size).add_(eps).rsqrt_()
+        out, inverse = few_pass_norm(x, scale, eps, silu, axes)
         ctx.save_for_backward(x, scale, inverse)
-        ctx.axes, ctx.silu = axes, silu
-        out = (x * inverse).mul_(scale)
-        return F.silu(out, inplace=True) if silu else out
+        ctx.axes, ctx.silu, ctx.size = axes, silu, math.prod(x.shape[axis] for axis in axes)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -366,9 +366,13 @@ class RSSM(nn.Module):
         tokens: Tokens,
         is_first: Bool[Tensor, " b"],
         noise: Tensor | None = None,
+        weights: Weights | None = None,
     ) -> State:
-        """Posterior after one observation: state and previous action are zeroed where `is_first`."""
-        weights = self.layout()
+        """Posterior after one observation: state and previous action are zeroed where `is_first`.
+
+        `weights`: the `layout`, if it was made already.
+        """
+        weights = weights or self.layout()
         return self._obs_step(state, *self._inputs(action, tokens, is_first, weights), noise, weights)
 
     def img_step(
