@@ -463,6 +463,40 @@ def test_options_run_and_every_weight_learns(name, classes):
 # Behaviour: imagination
 
 
+@pytest.mark.parametrize("imag_gradient", ["reinforce", "both"])
+def test_losses_in_two_parts_are_those_in_one(imag_gradient):
+    """`observe` and `imagine` are the scans, `score` and `learn` all the rest, which can be compiled alone."""
+    world = make_world(MIXED)
+    behavior = make_behavior(world.rssm.feat_size, imag_gradient=imag_gradient)
+    batch, noise = make_batch(world), make_noise(world, behavior)
+    batch["is_first"][1, 3] = batch["is_last"][1, 2] = True
+    retnorm = copy.deepcopy(behavior.streams["extrinsic"].retnorm.state_dict())
+
+    def gradients(losses):
+        clear(world, behavior)
+        sum(loss.mean() for loss in losses.values()).backward()
+        return {n: p.grad.clone() for m in (world, behavior) for n, p in m.named_parameters() if p.grad is not None}
+
+    losses, post, metrics = world.loss(batch, noise["post"])
+    more, more_metrics = behavior.loss(world, post, batch, noise)
+    whole, whole_grads = losses | more, gradients(losses | more)
+
+    behavior.streams["extrinsic"].retnorm.load_state_dict(retnorm)
+    post, prior = world.observe(batch, noise["post"])
+    losses, parts_metrics = world.score(post, prior, batch)
+    start = {key: post[key].detach().flatten(0, 1) for key in ("deter", "stoch")}
+    with frozen(world) if imag_gradient == "both" else torch.no_grad():
+        traj = world.imagine(start, behavior._rollout_policy, behavior.initial(B * T), H, noise)
+    more, more_parts_metrics = behavior.learn(world, traj, post, batch)
+    parts = losses | more
+    assert parts.keys() == whole.keys() and all(torch.equal(parts[key], whole[key]) for key in whole)
+    grads = gradients(parts)
+    assert grads.keys() == whole_grads.keys() and len(grads) > 40
+    assert all(torch.equal(grads[name], whole_grads[name]) for name in grads)
+    for one, two in ((metrics, parts_metrics), (more_metrics, more_parts_metrics)):
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
 def test_imagination_has_one_more_state_and_action_than_steps():
     world = make_world()
     behavior = make_behavior(world.rssm.feat_size)
@@ -497,7 +531,10 @@ class Rssm(nn.Module):
         super().__init__()
         self.linear = nn.Linear(2 + A, 2)
 
-    def img_step(self, state, action, noise=None):
+    def layout(self):
+        return {}
+
+    def img_step(self, state, action, noise=None, weights=None):
         deter = torch.tanh(self.linear(torch.cat([state["deter"], action], -1)))
         return {"deter": deter, "stoch": torch.zeros_like(state["stoch"])}
 

@@ -3,11 +3,23 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from gymnasium import spaces as gs
 from torch import distributions as td
 
 from errors import UserError
-from networks import GRU, RSSM, BlockGRU, ConcatFusion, MultiDecoder, MultiEncoder, features, flatten_stoch
+from networks import (
+    GRU,
+    RSSM,
+    BlockGRU,
+    ConcatFusion,
+    FewPassBlend,
+    MultiDecoder,
+    MultiEncoder,
+    blend,
+    features,
+    flatten_stoch,
+)
 
 SIZES = {"vector": 5, "image": 7}
 DYN = {"deter": 8, "hidden": 6, "stoch": 3, "discrete": 4, "blocks": 2}
@@ -262,6 +274,71 @@ def test_each_half_of_the_kl_moves_its_own_side(rssm):
 # Recurrence and fusion
 
 
+def advance(core: BlockGRU | GRU, deter: torch.Tensor, stoch: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    """One step of a recurrence, its three parts in a row."""
+    return core.step(deter, stoch, core.prepare(action), core.layout())
+
+
+def gated(reset: torch.Tensor, cand: torch.Tensor, update: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    update = torch.sigmoid(update)
+    return update * torch.tanh(torch.sigmoid(reset) * cand) + (1 - update) * old
+
+
+def norm_silu(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return F.silu(F.rms_norm(x, scale.shape, scale, 1e-4))
+
+
+def plain_block_gru(core: BlockGRU, deter: torch.Tensor, stoch: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    """The recurrence, a block at a time, each with its own copy of what all of them share."""
+    blocks, width = core.blocks, deter.shape[-1] // core.blocks
+    inputs = [
+        norm_silu(F.linear(x, layer.linear.weight, layer.linear.bias), layer.norm.scale)
+        for x, layer in ((deter, core.from_deter), (stoch, core.from_stoch), (action, core.from_action))
+    ]
+    old = list(deter.split(width, -1))
+    x = [torch.cat([own, *inputs], -1) for own in old]
+    for layer, norm in zip(core.hidden, core.norms, strict=True):
+        biases = layer.bias.split(width)
+        x = [x[g] @ layer.weight[g] + biases[g] for g in range(blocks)]
+        x = norm_silu(torch.cat(x, -1), norm.scale).split(width, -1)  # over all blocks together
+    new, biases = [], core.gates.bias.split(3 * width)
+    for g in range(blocks):
+        reset, cand, update = (x[g] @ core.gates.weight[g] + biases[g]).split(width, -1)
+        new.append(gated(reset, cand, update - 1, old[g]))
+    return torch.cat(new, -1)
+
+
+def plain_gru(core: GRU, deter: torch.Tensor, stoch: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    x = torch.cat([stoch, action], -1)
+    for layer in core.mlp:
+        x = norm_silu(F.linear(x, layer.linear.weight, layer.linear.bias), layer.norm.scale)
+    x = F.linear(torch.cat([x, deter], -1), core.gates.weight, core.gates.bias)
+    reset, cand, update = F.rms_norm(x, x.shape[-1:], core.norm.scale, 1e-4).split(deter.shape[-1], -1)
+    return gated(reset, cand, update - 1, deter)
+
+
+def shaken(module: torch.nn.Module) -> torch.nn.Module:
+    """In float64, and no bias 0 and no scale 1, whose misuse would not show."""
+    module.double()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return module
+
+
+def check_equal(found: torch.Tensor, expected: torch.Tensor, *inputs: torch.Tensor) -> None:
+    """Values, and the gradients of every input of a weighted sum of them."""
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    weight = torch.randn_like(expected)
+    pairs = zip(
+        torch.autograd.grad((found * weight).sum(), inputs),
+        torch.autograd.grad((expected * weight).sum(), inputs),
+        strict=True,
+    )
+    for one, two in pairs:
+        torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("cell", [BlockGRU, GRU])
 def test_recurrence_keeps_most_of_the_state_by_default(cell):
     core = cell(8, 5, 2, hidden=6, blocks=2)
@@ -270,28 +347,131 @@ def test_recurrence_keeps_most_of_the_state_by_default(cell):
             p.zero_()
     deter = torch.randn(B, 8)
     update = 1 / (1 + np.e)  # sigmoid(-1); the candidate is 0
-    torch.testing.assert_close(core(deter, torch.randn(B, 5), torch.randn(B, 2)), (1 - update) * deter)
+    torch.testing.assert_close(advance(core, deter, torch.randn(B, 5), torch.randn(B, 2)), (1 - update) * deter)
 
 
-def test_block_gru_against_a_loop_over_blocks():
-    core = BlockGRU(8, 5, 2, hidden=6, blocks=2)
-    torch.nn.init.normal_(core.gates.bias)
-    deter, stoch, action = torch.randn(B, 8), torch.randn(B, 5), torch.randn(B, 2)
-    inputs = torch.cat([core.from_deter(deter), core.from_stoch(stoch), core.from_action(action)], -1)
-    hidden = []
-    for g in range(2):
-        joined = torch.cat([deter[:, 4 * g : 4 * g + 4], inputs], -1)
-        hidden.append(joined @ core.hidden[0].weight[g] + core.hidden[0].bias[4 * g : 4 * g + 4])
-    hidden = torch.cat(hidden, -1)
-    hidden = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-4).sqrt()  # over all blocks together
-    hidden = hidden * torch.sigmoid(hidden)
-    expected = []
-    for g in range(2):
-        gates = hidden[:, 4 * g : 4 * g + 4] @ core.gates.weight[g] + core.gates.bias[12 * g : 12 * g + 12]
-        reset, cand, update = gates[:, :4], gates[:, 4:8], torch.sigmoid(gates[:, 8:] - 1)
-        old = deter[:, 4 * g : 4 * g + 4]
-        expected.append(update * torch.tanh(torch.sigmoid(reset) * cand) + (1 - update) * old)
-    torch.testing.assert_close(core(deter, stoch, action), torch.cat(expected, -1))
+@pytest.mark.parametrize("batch", [B, 1])
+@pytest.mark.parametrize(
+    "cell, plain, options",
+    [
+        (BlockGRU, plain_block_gru, {"blocks": 2}),
+        (BlockGRU, plain_block_gru, {"blocks": 1}),
+        (BlockGRU, plain_block_gru, {"blocks": 4, "layers": 3}),
+        (BlockGRU, plain_block_gru, {"blocks": 8, "layers": 2}),
+        (GRU, plain_gru, {}),
+        (GRU, plain_gru, {"layers": 2}),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else value.__name__,
+)
+def test_recurrence_against_one_written_out(cell, plain, options, batch):
+    core = shaken(cell(8, 5, 2, hidden=6, **options))
+    inputs = [torch.randn(batch, size, dtype=torch.float64, requires_grad=True) for size in (8, 5, 2)]
+    check_equal(advance(core, *inputs), plain(core, *inputs), *inputs, *core.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(advance(core, *inputs), plain(core, *inputs), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("cell, plain", [(BlockGRU, plain_block_gru), (GRU, plain_gru)], ids=["block_gru", "gru"])
+def test_recurrence_as_it_is_compiled(cell, plain, monkeypatch):
+    """Where a compiler or a GPU fuses operations, norm and blend are written plainly."""
+    core = shaken(cell(8, 5, 2, hidden=6, blocks=2))
+    inputs = [torch.randn(B, size, dtype=torch.float64, requires_grad=True) for size in (8, 5, 2)]
+    expected = plain(core, *inputs)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    check_equal(advance(core, *inputs), expected, *inputs, *core.parameters())
+
+
+def test_layout_splits_off_what_all_blocks_share():
+    """One product with the shared inputs is what every block makes of its own copy of them."""
+    core = shaken(BlockGRU(8, 5, 2, hidden=6, blocks=4))
+    own, shared = (torch.randn(B, *shape, dtype=torch.float64) for shape in ((4, 2), (18,)))
+    weights = core.layout()
+    product = torch.einsum("bgi,gio->bgo", own, weights["own"]).flatten(1) + shared @ weights["shared"]
+    joined = torch.stack([torch.cat([own[:, g], shared], -1) for g in range(4)], 1)
+    torch.testing.assert_close(product + core.hidden[0].bias, core.hidden[0](joined))
+
+
+def test_layout_made_once_gives_the_gradients_of_one_per_step(rssm):
+    """Laid out once per scan, the weights gather the gradients of all its steps."""
+    tokens, action, is_first = make_tokens(B, T), torch.randn(B, T, A), flags((0, 0), (1, 3))
+    noise, start = make_noise(rssm, B, T), make_state(rssm, B)
+    weight = torch.randn(B, T, 8)
+
+    def gradients(deter):
+        (grads,) = [torch.autograd.grad((deter * weight).sum(), list(rssm.parameters()), allow_unused=True)]
+        return {name: g for (name, _), g in zip(rssm.named_parameters(), grads, strict=True) if g is not None}
+
+    def stepped(function) -> dict:
+        state, deters = start, []
+        for t in range(T):
+            state = function(state, t)
+            deters.append(state["deter"])
+        return gradients(torch.stack(deters, 1))
+
+    scans = {
+        "observe": (
+            gradients(rssm.observe(tokens, action, is_first, start, noise)[0]["deter"]),
+            stepped(lambda s, t: rssm.obs_step(s, action[:, t], at(tokens, t), is_first[:, t], noise[:, t])),
+        ),
+        "imagine": (
+            gradients(rssm.imagine(action, start, noise)["deter"]),
+            stepped(lambda s, t: rssm.img_step(s, action[:, t], noise[:, t])),
+        ),
+    }
+    for name, (found, expected) in scans.items():
+        assert found.keys() == expected.keys() and any(key.startswith("core") for key in found), name
+        for key in found:
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
+
+
+def gates() -> list[torch.Tensor]:
+    return [torch.randn(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+
+
+def test_blend_against_the_formula():
+    inputs = gates()
+    with torch.no_grad():
+        inputs[0][0], inputs[1][0], inputs[2][0] = 30.0, -30.0, 30.0  # saturated
+        inputs[2][1], inputs[1][2] = -30.0, 0.0
+    check_equal(blend(*inputs), gated(*inputs), *inputs)
+    torch.testing.assert_close(blend(*inputs)[0], torch.full((5,), -1.0, dtype=torch.float64))
+    torch.testing.assert_close(blend(*inputs)[1], inputs[3][1])
+
+
+def test_blend_gradcheck():
+    assert torch.autograd.gradcheck(FewPassBlend.apply, gates())
+    # The views that the cells give it.
+    x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
+    deter = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, deter: blend(*x.chunk(3, -1), deter.unflatten(-1, (2, 4)).transpose(0, 1)), (x, deter)
+    )
+
+
+def test_blend_leaves_its_inputs_and_can_be_gone_back_through_twice():
+    inputs = gates()
+    kept, grad = [value.detach().clone() for value in inputs], torch.randn(4, 5, dtype=torch.float64)
+    kept_grad = grad.clone()
+    out = blend(*inputs)
+    first, second = (torch.autograd.grad(out, inputs, grad, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    assert torch.equal(grad, kept_grad) and all(torch.equal(a, b) for a, b in zip(inputs, kept, strict=True))
+
+
+def test_blend_as_it_is_compiled(monkeypatch):
+    inputs = gates()
+    few = blend(*inputs)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    plain = blend(*inputs)
+    assert type(plain.grad_fn) is not type(few.grad_fn)
+    check_equal(few, plain, *inputs)
+
+
+def test_blend_in_float32_is_exact_to_rounding():
+    """tanh is had from a sigmoid: its error is that of numbers about 1, also where it is small."""
+    inputs = [value.detach().float() * 3 for value in gates()]
+    expected = gated(*(value.double() for value in inputs))
+    torch.testing.assert_close(blend(*inputs).double(), expected, rtol=0, atol=5e-7)
 
 
 def test_blocks_must_divide_deter():
@@ -299,11 +479,18 @@ def test_blocks_must_divide_deter():
         RSSM(SIZES, A, **(DYN | {"blocks": 3}))
 
 
-def test_fusion_in_two_parts_is_one_dense_layer_on_everything():
-    fusion, tokens, deter = ConcatFusion(8, SIZES, hidden=6), make_tokens(B, T), torch.randn(B, T, 8)
-    torch.nn.init.normal_(fusion.first.linear.bias)
-    joined = torch.cat([deter, *(embed for embed, _ in tokens.values())], -1)
-    torch.testing.assert_close(fusion.step(deter, fusion.prepare(tokens)), fusion.first(joined))
+@pytest.mark.parametrize("layers", [1, 3])
+def test_fusion_in_parts_is_dense_layers_on_everything(layers):
+    fusion = shaken(ConcatFusion(8, SIZES, hidden=6, layers=layers))
+    deter = torch.randn(B, T, 8, dtype=torch.float64, requires_grad=True)
+    embeds = {kind: torch.randn(B, T, size, dtype=torch.float64, requires_grad=True) for kind, size in SIZES.items()}
+    tokens = {kind: (embed, torch.rand(B, T) < 0.7) for kind, embed in embeds.items()}
+    weights = fusion.layout()
+    x = torch.cat([deter, *(embed * present.unsqueeze(-1) for embed, present in tokens.values())], -1)
+    for layer in (fusion.first, *fusion.rest):
+        x = norm_silu(F.linear(x, layer.linear.weight, layer.linear.bias), layer.norm.scale)
+    found = fusion.step(deter, fusion.prepare(tokens, weights), weights)
+    check_equal(found, x, deter, *embeds.values(), *fusion.parameters())
 
 
 def test_absent_kind_counts_as_zeros(rssm):
