@@ -35,7 +35,7 @@ CONFIGS = Path(__file__).parent / "configs.yaml"
 
 CHOICES = {
     "mode": ("train", "eval"),
-    "precision": ("auto", "float32", "bfloat16"),
+    "precision": ("auto", "float32", "bfloat16", "float16"),
     "parallel": ("process", "thread", "serial"),
     "log_level": ("debug", "info", "warning", "error"),
     "expl_behavior": ("greedy", "random"),
@@ -57,6 +57,7 @@ PATTERNS = {
 }
 
 RANGES = {
+    "imag_last": ">= 0",
     "episodes": ">= 1",
     "steps": ">= 1",
     "seed": ">= 0, <= 4294967295",  # what every simulator takes

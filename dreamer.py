@@ -26,6 +26,7 @@ import torch
 from gymnasium.spaces import Space
 from torch import Tensor, nn
 
+import execution
 import tools
 from config import Config, ConfigError, check_resume, resolve_paths
 from envs import make_env
@@ -57,9 +58,9 @@ class Dreamer(nn.Module):
         self.device = torch.device(device)
         self.action_size, self.classes = vector.width(act_space), vector.classes(act_space)
         shared = {"horizon": config.horizon, "contdisc": config.contdisc}
-        sections = ("encoder", "decoder", "dyn", "reward_head", "cont_head", "kl_free", "grad_heads")
+        sections = ("encoder", "decoder", "dyn", "reward_head", "cont_head", "kl_free", "grad_heads", "checkpointing")
         self.world_model = WorldModel(obs_space, self.action_size, **shared, **{k: config[k] for k in sections})
-        sections = ("actor", "critic", "retnorm", "imag_horizon", "imag_gradient", "imag_gradient_mix")
+        sections = ("actor", "critic", "retnorm", "imag_horizon", "imag_last", "imag_gradient", "imag_gradient_mix")
         self.behavior = ImagBehavior(
             self.world_model.rssm.feat_size,
             self.action_size,
@@ -72,13 +73,12 @@ class Dreamer(nn.Module):
         self.loss_scales = dict(config.loss_scales)
         self.snapshot = None  # weights as the policy reads them, since the latest update
         self.to(self.device)
-        self.optimizer = self._optimizer(**config.opt)
+        half = tools.half_precision(config.precision, self.device)
+        self.optimizer = self._optimizer(**config.opt, scaled=half == torch.float16)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)  # noise of updates
         self.policy_generator = torch.Generator(self.device).manual_seed(config.seed + 1)  # noise of acting
-        half = config.precision == "bfloat16" or (config.precision == "auto" and self.device.type == "cuda")
-        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=half)
-        if config.compile:
-            self._compile()
+        self.autocast = functools.partial(torch.autocast, self.device.type, half or torch.bfloat16, enabled=bool(half))
+        execution.prepare(self, config.compile, config.graph)
 
     def _optimizer(
         self, lr: float, actor_lr: float | None, critic_lr: float | None, max_bad: int, **options
@@ -93,15 +93,6 @@ class Dreamer(nn.Module):
             "critic": (critics, critic_lr or lr),
         }
         return Optimizer(groups, **options)
-
-    def _compile(self) -> None:
-        """Compiles the parts that are made of many small operations, each alone: the loops over time stay loops, as
-        unrolled they would take minutes to compile.
-        """
-        world_model, behavior = self.world_model, self.behavior
-        parts = [(world_model.rssm, "_obs_step"), (world_model.rssm, "img_step"), (behavior, "policy")]
-        for owner, name in [*parts, (world_model, "score"), (behavior, "learn"), (self, "_act")]:
-            setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
 
     # Acting
 
@@ -153,12 +144,20 @@ class Dreamer(nn.Module):
     # Learning
 
     def train_step(self, batch: dict, noise: dict | None = None) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
-        """One update on a batch on the device. Returns metrics (0-d tensors) and the refreshed latents as stored."""
+        """One update on a batch on the device. Returns metrics (0-d tensors) and the refreshed latents as stored.
+
+        `noise` is drawn unless given (see `draw_noise`). What is returned may be overwritten by the next update.
+        """
+        metrics, latents = self._update(batch, noise or self.draw_noise(*batch["reward"].shape))
+        self.snapshot = None
+        return metrics, latents
+
+    def _update(self, batch: dict, noise: dict) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+        """`train_step` as a function of tensors in static shapes: no read of the device, no random number drawn."""
         losses, post, metrics = self.losses(batch, noise)
         loss = total_loss(losses, self.loss_scales)
         optimized = self.optimizer.step(loss)
         self.behavior.after_step()
-        self.snapshot = None
         metrics |= {"world/loss": loss.detach()} | {f"opt/{k}": v for k, v in optimized.items()}
         return metrics, self.world_model.pack(post)
 
@@ -171,8 +170,8 @@ class Dreamer(nn.Module):
         return losses | more, post, metrics | more_metrics
 
     def draw_noise(self, batch: int, time: int) -> dict[str, Tensor]:
-        """Every random number of one update: `post` [B, T, ...], `prior` [H, B*T, ...], `action` [H+1, B*T, action]."""
-        horizon, starts = self.behavior.imag_horizon, batch * time
+        """Every random number of one update: `post` [B, T, ...], `prior` [H, N, ...], `action` [H+1, N, action]."""
+        horizon, starts = self.behavior.imag_horizon, batch * self.behavior.starts(time)
         return {
             "post": self._latent_noise(batch, time),
             "prior": self._latent_noise(horizon, starts),

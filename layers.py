@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from distributions import Bernoulli, Joint, Normal, OneHot, SquaredError, TwoHot, symexp_bins
 
@@ -133,7 +134,9 @@ class FewPassNorm(torch.autograd.Function):
         if ctx.silu:
             grad = torch.ops.aten.silu_backward(grad, normed * scale)
         product = grad * normed
-        grad_scale = product.sum_to_size(scale.shape) if ctx.needs_input_grad[1] else None
+        grad_scale = None
+        if ctx.needs_input_grad[1]:  # to its own shape, `sum_to_size` gives `product` itself, overwritten below
+            grad_scale = product.clone() if product.shape == scale.shape else product.sum_to_size(scale.shape)
         if not ctx.needs_input_grad[0]:
             return None, grad_scale, None, None, None
         along = product.mul_(scale).sum(ctx.axes, keepdim=True).div_(-ctx.size)
@@ -166,7 +169,8 @@ class Conv(nn.Module):
     """Convolution -> (2x2 max-pool) -> RMSNorm over channels -> activation, on [N, C, H, W] in channels-last memory.
 
     Args:
-        resize: `same` keeps the size, `pool` and `stride` halve it, `nearest` (then convolve) and `transposed` double it.
+        resize: `same` keeps the size, `pool` and `stride` halve it, `nearest` (before the convolution) and `transposed`
+            double it.
         norm: without it (an output layer) there is no activation either.
     """
 
@@ -212,9 +216,9 @@ class Conv(nn.Module):
 
 
 def phases(kernel: int) -> Float[Tensor, "2 taps kernel"]:
-    """Which taps of a kernel fall on which pixel of the small map, for even and odd pixels of the map upsampled by 2.
+    """Which taps of a kernel fall on which pixel of a map, for even and odd pixels of the map upsampled by 2.
 
-    Pixel 2i + p of the large map and tap k of a centred kernel read the small map's pixel i + floor((p + k - edge) / 2).
+    At pixel 2i + p of the large map, tap k of a centred kernel reads pixel i + floor((p + k - edge) / 2) of the small.
     """
     edge = (kernel - 1) // 2
     reads = torch.tensor([[(p + k - edge) // 2 for k in range(kernel)] for p in range(2)])
@@ -222,14 +226,29 @@ def phases(kernel: int) -> Float[Tensor, "2 taps kernel"]:
     return (reads.unsqueeze(1) == torch.arange(-reach, reach + 1).view(1, -1, 1)).float()
 
 
-def in_pieces(function: Callable[[Tensor], Tensor], x: Float[Tensor, "n ..."], size: int) -> Float[Tensor, "n ..."]:
+def in_pieces(
+    function: Callable[[Tensor], Tensor], x: Float[Tensor, "n ..."], size: int, recompute: bool = False
+) -> Float[Tensor, "n ..."]:
     """`function(x)` for a function that treats every entry of the first axis alone; on a CPU in pieces of `size`.
 
-    A piece's intermediate results then stay in the processor's cache, where convolutions are faster, too.
+    A piece's intermediate results then stay in the processor's cache, where convolutions are faster, too. `recompute`
+    keeps none of them for the backward pass.
     """
-    if x.device.type != "cpu" or len(x) <= size:
-        return function(x)
-    return torch.cat([function(piece) for piece in x.split(size)])
+    size = size if x.device.type == "cpu" else max(size, 256) if recompute else len(x)
+    run = recomputed(function) if recompute else function
+    return torch.cat([run(piece) for piece in x.split(size)]) if len(x) > size else run(x)
+
+
+def recomputed(function: Callable) -> Callable:
+    """`function`, computed again in the backward pass instead of keeping what it needs (gradient checkpointing)."""
+
+    def run(*args):
+        if not torch.is_grad_enabled():
+            return function(*args)
+        # There is no random state to bring back: random numbers are inputs.
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+    return run
 
 
 class ScalarHead(nn.Module):

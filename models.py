@@ -35,6 +35,7 @@ class WorldModel(nn.Module):
         horizon: agent steps; with `contdisc` the continue head learns (1 - is_terminal)(1 - 1/horizon).
         kl_free: nats per step below which each KL term is not pushed.
         grad_heads: which of decoder, reward, cont send gradient into the latent state.
+        checkpointing: recompute the activations of frames and of the scan over time in the backward pass.
     """
 
     def __init__(
@@ -51,11 +52,13 @@ class WorldModel(nn.Module):
         contdisc: bool = True,
         kl_free: float = 1.0,
         grad_heads: Sequence[str] = ("decoder", "reward", "cont", "critic"),
+        checkpointing: bool = False,
     ):
         super().__init__()
-        self.encoder = MultiEncoder(obs_space, **encoder)
-        self.rssm = RSSM(self.encoder.sizes, action, **dyn)
-        self.decoder = MultiDecoder(obs_space, self.rssm.deter, self.rssm.stoch_size, **decoder)
+        again = {"recompute": checkpointing}
+        self.encoder = MultiEncoder(obs_space, **encoder, **again)
+        self.rssm = RSSM(self.encoder.sizes, action, **dyn, **again)
+        self.decoder = MultiDecoder(obs_space, self.rssm.deter, self.rssm.stoch_size, **decoder, **again)
         self.reward = ScalarHead(self.rssm.feat_size, **reward_head)
         self.cont = BinaryHead(self.rssm.feat_size, **cont_head)
         self.discount = 1 - 1 / horizon
@@ -102,7 +105,7 @@ class WorldModel(nn.Module):
         """Latents as stored (half precision, class indices) to a state."""
         dtype = self.rssm.post_out.weight.dtype
         if self.rssm.discrete:
-            stoch = F.one_hot(stoch.long(), self.rssm.discrete)
+            stoch = F.embedding(stoch.long(), torch.eye(self.rssm.discrete, device=stoch.device))
         return {"deter": deter.to(dtype), "stoch": stoch.to(dtype)}
 
     def pack(self, state: State) -> tuple[Tensor, Tensor]:
@@ -219,6 +222,8 @@ class ImagBehavior(nn.Module):
 
     Args:
         feat_size, action_size, classes: widths of state and action; sizes of the discrete groups, empty for continuous.
+        imag_horizon: imagined steps.
+        imag_last: imagine from the last states of each window only, 0 for all; `repval` then counts for these alone.
         imag_gradient: reinforce, dynamics (gradient of the return through model and sampled actions), or both.
         imag_gradient_mix: share of dynamics in both.
         horizon, contdisc: the discount is 1 - 1/horizon, inside the continue head's prediction if `contdisc`.
@@ -235,6 +240,7 @@ class ImagBehavior(nn.Module):
         critic: Mapping,
         retnorm: Mapping,
         imag_horizon: int = 15,
+        imag_last: int = 0,
         imag_gradient: str = "reinforce",
         imag_gradient_mix: float = 0.1,
         horizon: float = 333,
@@ -247,7 +253,7 @@ class ImagBehavior(nn.Module):
         self.entropy_scale = actor.pop("entropy")
         self.actor = Actor(feat_size, action_size, classes, **actor)
         self.discount, self.contdisc, self.lam = 1 - 1 / horizon, contdisc, discount_lambda
-        self.imag_horizon = imag_horizon
+        self.imag_horizon, self.imag_last = imag_horizon, imag_last
         self.dynamics_share = {"reinforce": 0.0, "dynamics": 1.0, "both": imag_gradient_mix}[imag_gradient]
         self.streams = nn.ModuleDict(
             {
@@ -262,6 +268,10 @@ class ImagBehavior(nn.Module):
             }
         )
 
+    def starts(self, time: int) -> int:
+        """How many states of a window of `time` steps are imagined from."""
+        return min(self.imag_last or time, time)
+
     def initial(self, batch: int) -> None:
         """The flat policy carries nothing between steps."""
         return None
@@ -272,22 +282,26 @@ class ImagBehavior(nn.Module):
         return (dist.mode() if noise is None else dist.sample(noise)), carry
 
     def loss(self, world_model: WorldModel, post: State, batch: dict, noise: dict) -> tuple[Losses, Metrics]:
-        """Losses `policy`, `value` [B, T] (means over the horizon) and `repval` [B, T-1].
+        """Losses `policy`, `value` [B, T] (means over the horizon) and `repval` [B, T-1]. T is `imag_last`, if set.
 
         Args:
             post: posterior states [B, T, ...]: starts of imagination without gradient, the replay value loss with it.
             noise: as in `WorldModel.imagine`.
         """
-        shape = batch["reward"].shape
-        start = {key: post[key].detach().flatten(0, 1) for key in ("deter", "stoch")}
+        starts = self.starts(batch["reward"].shape[1])
+        post = {key: post[key][:, -starts:] for key in ("deter", "stoch")}
+        batch = {key: batch[key][:, -starts:] for key in ("reward", "is_last", "is_terminal")}
+        start = {key: value.detach().flatten(0, 1) for key, value in post.items()}
         backprop = self.dynamics_share > 0
         with frozen(world_model) if backprop else torch.no_grad():
             traj = world_model.imagine(
-                start, self._rollout_policy, self.initial(shape.numel()), self.imag_horizon, noise
+                start, self._rollout_policy, self.initial(len(start["deter"])), self.imag_horizon, noise
             )
         return self.learn(world_model, traj, post, batch)
 
-    def learn(self, world_model: WorldModel, traj: dict[str, Tensor], post: State, batch: dict) -> tuple[Losses, Metrics]:
+    def learn(
+        self, world_model: WorldModel, traj: dict[str, Tensor], post: State, batch: dict
+    ) -> tuple[Losses, Metrics]:
         """The losses of a trajectory that was imagined already, for all steps at once (see `loss`)."""
         shape, backprop = batch["reward"].shape, self.dynamics_share > 0
         with frozen(world_model) if backprop else torch.no_grad():

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from distributions import Normal, OneHot, full_precision
-from layers import ACTIVATIONS, MLP, BlockLinear, Dense, Linear, RMSNorm, rms_norm
+from layers import ACTIVATIONS, MLP, BlockLinear, Dense, Linear, RMSNorm, recomputed, rms_norm
 from modalities import MODALITY_CONFIGS, select
 
 State = dict[str, Tensor]
@@ -125,7 +125,7 @@ class BlockGRU(nn.Module):
         self.gates = BlockLinear(blocks, block, 3 * block)
 
     def layout(self) -> Weights:
-        """Weights by name. All blocks see the same results of the dense layers: one product instead of one per block."""
+        """Weights by name. All blocks see the same results of the dense layers: one product, not one per block."""
         first, dense = self.hidden[0].weight, (self.from_deter, self.from_stoch, self.from_action)
         own, shared = first.split([first.shape[2], first.shape[1] - first.shape[2]], 1)
         gate_bias = self.gates.bias.unflatten(0, (self.blocks, 3, -1)) - gate_offset(self.gates.bias)
@@ -195,7 +195,7 @@ class GRU(nn.Module):
 
 
 def gate_offset(like: Tensor) -> Float[Tensor, "3 1"]:
-    """What is taken off the pre-activations of reset, candidate, update: the update gate is biased to keep the state."""
+    """What is taken off reset, candidate, update before their sigmoids: the update gate is biased to keep the state."""
     return (torch.arange(3, device=like.device) == 2).to(like.dtype).unsqueeze(-1)
 
 
@@ -274,6 +274,7 @@ class RSSM(nn.Module):
             `min_std`.
         obs_layers, img_layers, dyn_layers: hidden layers of posterior, prior and recurrence.
         unimix_ratio: share of the uniform distribution in every categorical.
+        recompute: keep the states of a scan but not its activations, which the backward pass computes again.
     """
 
     def __init__(
@@ -293,8 +294,10 @@ class RSSM(nn.Module):
         unimix_ratio: float = 0.01,
         min_std: float = 0.1,
         act: str = "silu",
+        recompute: bool = False,
     ):
         super().__init__()
+        self.recompute = recompute
         if cell == "block_gru" and deter % blocks:
             raise ValueError(f"deter ({deter}) must be a multiple of blocks ({blocks}).")
         self.deter, self.stoch, self.discrete = deter, stoch, discrete
@@ -340,9 +343,10 @@ class RSSM(nn.Module):
         weights = self.layout()
         inputs = self._inputs(action, tokens, is_first, weights)
         noises = [None] * is_first.shape[1] if noise is None else noise.unbind(1)
+        step = recomputed(self._obs_step) if self.recompute else self._obs_step
         steps = []
-        for action, embed, keep, noise in zip(*(x.unbind(1) for x in inputs), noises, strict=True):
-            state = self._obs_step(state, action, embed, keep, noise, weights)
+        for act, embed, keep, noise in zip(*(x.unbind(1) for x in inputs), noises, strict=True):
+            state = step(state, act, embed, keep, noise, weights)
             steps.append(state)
         post = {key: torch.stack([step[key] for step in steps], 1) for key in steps[0]}
         return post, self.prior(post["deter"])
@@ -354,8 +358,8 @@ class RSSM(nn.Module):
         weights = self.layout()
         noises = [None] * action.shape[1] if noise is None else noise.unbind(1)
         steps = []
-        for action, noise in zip(action.unbind(1), noises, strict=True):
-            state = self.img_step(state, action, noise, weights)
+        for act, noise in zip(action.unbind(1), noises, strict=True):
+            state = self.img_step(state, act, noise, weights)
             steps.append(state)
         return {key: torch.stack([step[key] for step in steps], 1) for key in steps[0]}
 
@@ -429,7 +433,7 @@ class RSSM(nn.Module):
     def _obs_step(
         self, state: State, action: Tensor, embed: Tensor, keep: Tensor, noise: Tensor | None, weights: Weights
     ) -> State:
-        """One step of the posterior. `action` and `embed` are prepared; the state is zeroed where `keep` [b, 1] is 0."""
+        """One step of the posterior. `action`, `embed` are prepared; the state is zeroed where `keep` [b, 1] is 0."""
         deter = self.core.step(state["deter"] * keep, flatten_stoch(state) * keep, action, weights["core"])
         stats = self._stats(self.post_out(self.fusion.step(deter, embed, weights["fusion"])))
         return {"deter": deter, "stoch": self.draw(stats, noise), **stats}

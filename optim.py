@@ -54,6 +54,8 @@ class Optimizer:
         agc: clip each tensor's gradient to `agc * max(pmin, ‖p‖)`; 0 turns it off.
         clip: clip each group's whole gradient to this norm; 0 turns it off.
         warmup: updates over which the rate rises linearly; the first update has rate 0.
+        scaled: multiply the loss before the backward pass, so that gradients do not vanish in half precision
+            (float16): the factor halves after an update that is not finite and doubles after 2000 in a row that are.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Optimizer:
         beta2: float = 0.999,
         eps: float = 1e-20,
         warmup: int = 1000,
+        scaled: bool = False,
     ):
         listed = {key: (list(named), lr) for key, (named, lr) in groups.items()}
         self.groups = {key: Group(named, lr) for key, (named, lr) in listed.items() if named}
@@ -76,6 +79,8 @@ class Optimizer:
         self.beta1, self.beta2, self.eps, self.warmup = beta1, beta2, eps, warmup
         device = next(iter(self.groups.values())).data.device
         self.updates, self.bad, self.bad_total = (torch.zeros((), device=device) for _ in range(3))
+        self.scaled, self.scale = scaled, torch.full((), 2.0**15 if scaled else 1.0, device=device)
+        self.good = torch.zeros((), device=device)  # updates since the scale last changed
 
     def step(self, loss: Float[Tensor, ""]) -> dict[str, Float[Tensor, ""]]:
         """One update. Returns `grad_norm` (before clipping), `update_rms` (of the weights' movement), `bad_updates`."""
@@ -86,20 +91,31 @@ class Optimizer:
         """Fills the gradient buffers. Gradients of several processes are to be reduced between this and `apply`."""
         for group in self.groups.values():
             group.grad.zero_()
-        loss.backward()
+        (loss * self.scale if self.scaled else loss).backward()
 
     @torch.no_grad()
     def apply(self, finite: Bool[Tensor, ""]) -> dict[str, Float[Tensor, ""]]:
         """Updates the weights from the gradients that lie in the groups' buffers."""
         groups = self.groups.values()
+        if self.scaled:
+            for group in groups:
+                group.grad.div_(self.scale)
         norm = torch.stack([g.grad.norm() for g in groups]).norm()
         ok = finite & torch.isfinite(norm)
         self.updates += ok
         self.bad.copy_(torch.where(ok, 0.0, self.bad + 1))
         self.bad_total += ~ok
+        if self.scaled:
+            self._rescale(ok)
         squares = sum(self._update(group, ok) for group in groups)
         rms = (squares / sum(g.data.numel() for g in groups)).sqrt()
         return {"grad_norm": norm, "update_rms": rms, "bad_updates": self.bad_total.clone()}
+
+    def _rescale(self, ok: Bool[Tensor, ""]) -> None:
+        self.good.copy_(torch.where(ok, self.good + 1, 0.0))
+        grow = self.good >= 2000
+        self.scale.mul_(torch.where(ok, torch.where(grow, 2.0, 1.0), 0.5)).clamp_(1.0, 2.0**24)
+        self.good.masked_fill_(grow, 0.0)
 
     def _update(self, group: Group, ok: Bool[Tensor, ""]) -> Float[Tensor, ""]:
         """Clips, updates the moments and the weights of one group; returns the sum of squares of the movement."""
@@ -143,6 +159,8 @@ class Optimizer:
             "updates": self.updates.clone(),
             "bad": self.bad.clone(),
             "bad_total": self.bad_total.clone(),
+            "scale": self.scale.clone(),
+            "good": self.good.clone(),
             "groups": {
                 key: {"lr": g.lr.clone(), "first": named(g, g.first), "second": named(g, g.second)}
                 for key, g in self.groups.items()
@@ -153,7 +171,7 @@ class Optimizer:
         """Restores `state_dict()`. Without `rates` the learning rates given at construction stay.
 
         Raises KeyError if a group or parameter is missing in `state`."""
-        for name in ("updates", "bad", "bad_total"):
+        for name in ("updates", "bad", "bad_total", *(("scale", "good") if self.scaled and "scale" in state else ())):
             getattr(self, name).copy_(state[name])
         for key, group in self.groups.items():
             saved = state["groups"][key]

@@ -252,6 +252,13 @@ def enable_deterministic_run() -> None:
     torch.use_deterministic_algorithms(True)
 
 
+def half_precision(precision: str, device: torch.device) -> torch.dtype | None:
+    """The type of the products: None for float32; `auto` is bfloat16 on CUDA."""
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" else "float32"
+    return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+
+
 def set_threads(n: int) -> None:
     """CPU threads of torch; 0: its own choice."""
     if n:

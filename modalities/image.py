@@ -13,7 +13,7 @@ from gymnasium import spaces as gs
 from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor, nn
 
-from distributions import Normal, SquaredError
+from distributions import Normal, SquaredError, full_precision
 from errors import UserError
 from layers import ACTIVATIONS, BlockLinear, Conv, Dense, Linear, RMSNorm, in_pieces
 
@@ -75,9 +75,11 @@ class ImageEncoder(nn.Module):
         kernel: int = 5,
         downsample: str = "pool",
         act: str = "silu",
+        recompute: bool = False,
         **_,
     ):
         super().__init__()
+        self.recompute = recompute
         self.keys = list(spaces)
         height, width = common_size(spaces, len(mults))
         depths = [sum(space.shape[-1] for space in spaces.values()), *(depth * m for m in mults)]
@@ -93,7 +95,7 @@ class ImageEncoder(nn.Module):
             frames.append(frame * present[key][..., None, None, None] if key in present else frame)
         x = torch.cat(frames, -1) if len(frames) > 1 else frames[0]
         lead = x.shape[:-3]
-        return in_pieces(self._embed, x.reshape(-1, *x.shape[-3:]), FRAMES).reshape(*lead, -1)
+        return in_pieces(self._embed, x.reshape(-1, *x.shape[-3:]), FRAMES, self.recompute).reshape(*lead, -1)
 
     def scale(self, frame: Tensor) -> Float[Tensor, "*b h w c"]:
         dtype = self.stages[0].conv.weight.dtype
@@ -121,9 +123,11 @@ class ImageDecoder(nn.Module):
         image_dist: str = "sigmoid_mse",
         outscale: float = 1.0,
         act: str = "silu",
+        recompute: bool = False,
         **_,
     ):
         super().__init__()
+        self.recompute = recompute
         height, width = common_size(spaces, len(mults))
         self.channels = {key: space.shape[-1] for key, space in spaces.items()}
         self.dist, self.blocks, self.act = image_dist, blocks, ACTIVATIONS[act]
@@ -155,7 +159,7 @@ class ImageDecoder(nn.Module):
         by_block = by_block.reshape(-1, self.blocks, height, width, depth // self.blocks)
         x = by_block.permute(0, 2, 3, 1, 4).reshape(-1, height, width, depth)
         x = x + self.from_stoch(stoch).reshape(-1, height, width, depth)
-        x = in_pieces(self._paint, x, FRAMES)
+        x = in_pieces(self._paint, x, FRAMES, self.recompute)
         x = x.reshape(*lead, *x.shape[1:])
         parts = x.split(list(self.channels.values()), -1)
         return {key: self._dist(part) for key, part in zip(self.channels, parts, strict=True)}
@@ -169,7 +173,7 @@ class ImageDecoder(nn.Module):
 
     def _dist(self, x: Tensor) -> SquaredError | Normal:
         if self.dist == "sigmoid_mse":
-            return SquaredError(torch.sigmoid(x.float() if x.dtype == torch.bfloat16 else x), dims=3)
+            return SquaredError(torch.sigmoid(full_precision(x)), dims=3)
         if self.dist == "mse":
             return SquaredError(x + 0.5, dims=3)
         return Normal(x + 0.5, dims=3)

@@ -1,0 +1,233 @@
+"""The ways to run a step give the same numbers: as written, recomputed, captured; in half precision nearly so."""
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+import config as configuration
+import execution
+from dreamer import Dreamer
+from errors import UserError
+from execution import Captured
+
+OBS = {
+    "image": spaces.Box(0, 255, (16, 16, 3), np.uint8),
+    "vector": spaces.Box(-np.inf, np.inf, (5,), np.float32),
+}
+ACT = spaces.Box(-1, 1, (2,), np.float32)
+B, T = 3, 6
+SMALL = "--configs debug --device cpu --imag_horizon 3 --encoder.mults 1 2 --decoder.mults 1 2".split()
+
+
+def make(*flags: str) -> Dreamer:
+    torch.manual_seed(0)
+    agent = Dreamer(OBS, ACT, configuration.load([*SMALL, *flags]))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in agent.parameters():  # zero-initialised heads would hide much
+        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return agent
+
+
+def make_batch(agent: Dreamer) -> dict:
+    rng = np.random.default_rng(0)
+    rssm = agent.world_model.rssm
+    batch = {
+        "image": rng.integers(0, 256, (B, T, 16, 16, 3), dtype=np.uint8),
+        "vector": rng.normal(size=(B, T, 5)).astype(np.float32),
+        "action": rng.normal(size=(B, T, 2)).astype(np.float32),
+        "reward": rng.normal(size=(B, T)).astype(np.float32),
+        **{key: rng.random((B, T)) < 0.2 for key in ("is_first", "is_last", "is_terminal")},
+        "context": {
+            "deter": rng.normal(size=(B, rssm.deter)).astype(np.float16),
+            "stoch": rng.integers(0, rssm.discrete, (B, rssm.stoch), dtype=np.uint8),
+            "action": rng.normal(size=(B, 2)).astype(np.float32),
+            "valid": np.array([True, False, True]),
+        },
+    }
+    return agent.to_device(batch)
+
+
+def losses_and_gradients(agent: Dreamer) -> tuple[dict, dict]:
+    torch.manual_seed(2)
+    losses, _, _ = agent.losses(make_batch(agent), agent.draw_noise(B, T))
+    agent.optimizer.backward(sum(loss.mean() for loss in losses.values()))
+    grads = {name: p.grad.clone() for name, p in agent.named_parameters() if p.requires_grad}
+    return {name: loss.detach() for name, loss in losses.items()}, grads
+
+
+def test_checkpointing_changes_no_number_and_keeps_less():
+    def kept(agent):
+        """Bytes that autograd keeps for the backward pass."""
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        batch, noise = make_batch(agent), agent.draw_noise(B, T)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            agent.world_model.loss(batch, noise["post"])
+        return sum(storages.values())
+
+    plain, again = make(), make("--checkpointing", "true")
+    for one, other in zip(losses_and_gradients(plain), losses_and_gradients(again), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert kept(again) < 0.6 * kept(plain)
+
+
+def test_imag_last_is_the_behaviours_loss_on_the_last_states_alone():
+    whole, last = make(), make("--imag_last", "2")
+    batch = make_batch(whole)
+    noise = whole.draw_noise(B, T)
+    own = {key: value.unflatten(1, (B, T))[:, :, -2:].flatten(1, 2) for key, value in noise.items() if key != "post"}
+    assert {key: value.shape for key, value in last.draw_noise(B, T).items() if key != "post"} == {
+        key: value.shape for key, value in own.items()
+    }
+    for agent in (whole, last):  # a return normaliser that saw other returns would scale the advantages
+        agent.behavior.streams["extrinsic"].retnorm.rate = 0.0
+    expected, _, _ = whole.losses(batch, noise)
+    found, _, metrics = last.losses(batch, {"post": noise["post"], **own})
+    assert found["policy"].shape == found["value"].shape == (B, 2) and found["repval"].shape == (B, 1)
+    for name in ("policy", "value"):
+        torch.testing.assert_close(found[name], expected[name][:, -2:])
+    torch.testing.assert_close(found["repval"], expected["repval"][:, -1:])
+    for name in ("rew", "dyn", "rec/image"):
+        torch.testing.assert_close(found[name], expected[name])
+    assert all(torch.isfinite(value).all() for value in metrics.values())
+
+
+@pytest.mark.parametrize("imag_last", [0, 2, 99])
+def test_imag_last_trains(imag_last):
+    agent = make("--imag_last", str(imag_last))
+    metrics, (deter, stoch) = agent.train_step(make_batch(agent))
+    assert deter.shape[:2] == stoch.shape[:2] == (B, T)
+    assert float(metrics["opt/bad_updates"]) == 0
+
+
+def test_half_precision_with_loss_scaling_is_near_full_precision():
+    full, half = make(), make("--precision", "float16")
+    assert half.optimizer.scaled and not full.optimizer.scaled
+    half.optimizer.scale.fill_(64.0)
+    (expected, grads), (found, scaled) = losses_and_gradients(full), losses_and_gradients(half)
+    for name in expected:
+        if name != "policy":  # advantages are small differences
+            torch.testing.assert_close(found[name].mean(), expected[name].mean(), rtol=0.02, atol=0.02)
+    flat = torch.cat([g.flatten() for n, g in grads.items() if "world_model" in n])
+    near = torch.cat([scaled[n].flatten() / 64 for n in grads if "world_model" in n])
+    assert torch.nn.functional.cosine_similarity(flat, near, dim=0) > 0.995
+    assert 0.99 < near.norm() / flat.norm() < 1.01
+
+
+def test_loss_scale_halves_until_gradients_are_finite_and_doubles_later():
+    agent = make("--precision", "float16")
+    optimizer, batch = agent.optimizer, make_batch(agent)
+    optimizer.scale.fill_(2.0**23)
+    scales = []
+    for _ in range(24):
+        agent.train_step(batch)
+        scales.append(float(optimizer.scale))
+        if not optimizer.bad:
+            break
+    assert len(scales) > 2 and scales[:-1] == [2.0 ** (22 - n) for n in range(len(scales) - 1)]
+    assert scales[-1] == scales[-2] and float(optimizer.updates) == 1
+    optimizer.scale.fill_(64.0)
+    optimizer.good.fill_(1999)
+    agent.train_step(batch)
+    assert float(optimizer.scale) == 128.0 and float(optimizer.good) == 0
+    other = make("--precision", "float16")
+    other.restore(agent.checkpoint())
+    assert float(other.optimizer.scale) == float(optimizer.scale)
+
+
+# Captured: the machinery around a CUDA graph, rehearsed without one
+
+
+class OnCPU(Captured):
+    """Replays by calling the function again and writing its results over the earlier ones."""
+
+    captures = 0
+
+    def warm_up(self, inputs):
+        return self.function(*inputs)
+
+    def capture(self, inputs):
+        self.captures += 1
+        static = execution.mapped(inputs, torch.clone)
+        outputs = execution.mapped(self.function(*static), torch.zeros_like)
+
+        def replay():
+            new = self.function(*static)
+            for (_, old), (_, value) in zip(execution.leaves(outputs), execution.leaves(new), strict=True):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(value)
+
+        return replay, [leaf for _, leaf in execution.leaves(static) if isinstance(leaf, torch.Tensor)], outputs
+
+
+def test_captured_copies_inputs_and_reuses_outputs():
+    calls = []
+
+    def function(tree, scale):
+        calls.append(1)
+        return {"sum": tree["a"] + tree["rest"][0] * scale, "none": None}
+
+    captured = OnCPU(function, warmup=2)
+    results = [
+        captured({"a": torch.full((2,), float(n)), "rest": [torch.ones(2)], "none": None}, torch.tensor(3.0))
+        for n in range(5)
+    ]
+    assert captured.captures == 1
+    assert results[0]["sum"].tolist() == [3.0, 3.0] and results[1]["sum"].tolist() == [4.0, 4.0]
+    assert results[2]["sum"] is results[4]["sum"] and results[4]["sum"].tolist() == [7.0, 7.0]
+    assert results[4]["none"] is None
+
+
+def test_captured_keeps_signatures_apart():
+    captured = OnCPU(lambda x, noise: {"y": x * 2 if noise is None else x + noise}, warmup=0)
+    for _ in range(2):
+        assert captured(torch.ones(2), None)["y"].tolist() == [2, 2]
+        assert captured(torch.ones(2), torch.ones(2))["y"].tolist() == [2, 2]
+        assert captured(torch.ones(3), None)["y"].tolist() == [2, 2, 2]
+        assert captured(torch.ones(3, dtype=torch.int64), None)["y"].dtype == torch.int64
+    assert captured.captures == 4
+
+
+def test_captured_updates_and_acting_equal_plain_ones():
+    plain, graph = make(), make()
+    graph._update, graph._act = OnCPU(graph._update, warmup=1), OnCPU(graph._act, warmup=1)
+    graph._update.capture = once_without_effect(graph, graph._update)
+    obs = {"image": np.zeros((2, 16, 16, 3), np.uint8), "vector": np.ones((2, 5), np.float32)}
+    obs |= {"is_first": np.zeros(2, bool), "reward": np.zeros(2, np.float32)}
+    states = {agent: agent.initial(2) for agent in (plain, graph)}
+    for _ in range(4):
+        batch = make_batch(plain)
+        (expected, latents), (found, copies) = plain.train_step(batch), graph.train_step(batch)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        torch.testing.assert_close(copies, latents, rtol=0, atol=0)
+        actions = []
+        for agent in (plain, graph):
+            action, states[agent] = agent.policy(obs, states[agent])
+            actions.append(action)
+        np.testing.assert_array_equal(*actions)
+
+
+def once_without_effect(agent, captured):
+    """Capturing records and computes nothing; here the function runs, so what it changes is put back."""
+    capture = captured.capture
+
+    def wrapped(inputs):
+        before = {name: value.clone() for name, value in agent.state_dict().items()}
+        optimizer = agent.optimizer.state_dict()
+        out = capture(inputs)
+        for name, value in agent.state_dict().items():
+            value.copy_(before[name])
+        agent.optimizer.load_state_dict(optimizer)
+        return out
+
+    return wrapped
+
+
+def test_graph_without_cuda_is_an_error_that_says_so():
+    with pytest.raises(UserError, match="graph.*cpu"):
+        make("--graph", "true")
