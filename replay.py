@@ -13,8 +13,11 @@ state the agent had there:
 
     window, T = 4             ctx [---- trained ----]   of ctx: its latent and action (`Batch.context`);
                                                         of the others: everything but latents, which are written back
-    memory     [ chunk: 1024 steps ][ chunk: 1024 steps ][ chunk, filling ]    borders have nothing to do with episodes
+    memory     [ slot: 1024 rows ][ slot: 1024 rows ][ slot, filling ]         borders have nothing to do with episodes
     disk       s003-e000000-p000-0004.npz, s003-e000001-p000-0005.npz, ...     pieces of an episode, at most 1024 steps
+
+In memory there is one array per key for all streams, of as many rows as the capacity needs (`storage.py`; RAM is taken
+only as rows are written). Streams are given slots of it, and give the oldest back. A batch is one gather per key.
 
 Sampling is uniform over the start positions of complete windows (one context step, then T trained steps) of all
 streams, across episode borders; the newest data is served once first, from the online queue. The first trained step
@@ -47,16 +50,17 @@ import re
 import shutil
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from storage import HostRows
+
 log = logging.getLogger(__name__)
 
-CHUNK = 1024  # steps per chunk of memory
-FIRST_ROWS = 32  # a stream's first chunk starts this small and doubles, so that short streams stay small
+SLOT = 1024  # rows of a slot
 OLDER = -1  # id of the stream of episodes that older ports recorded
 FLAGS = ("is_first", "is_last", "is_terminal")
 RESERVED = {*FLAGS, "action", "reward", "discount"}
@@ -126,27 +130,57 @@ class _Piece(NamedTuple):
         return f"s{stream:03d}-e{self.episode:06d}-p{self.piece:03d}-{self.stop - self.start:04d}.npz"
 
 
-class _Chunk:
-    """Contiguous steps from position `start` on: `arrays[key]` is [rows, ...], of which `count` are filled."""
+class _Memory:
+    """One array of rows per key, which streams are given in slots of `size` rows."""
 
-    def __init__(self, start: int, rows: int, schema: dict):
-        self.start, self.count, self.rows = start, 0, rows
-        self.arrays = {key: np.empty((rows, *shape), dtype) for key, (shape, dtype) in schema.items()}
+    def __init__(self, schema: dict, size: int, slots: int, streams: int, frames: Callable):
+        self.size, self.slots = size, slots
+        self.keys = {}
+        for key, kind in schema.items():
+            make = frames if _is_frame(*kind) else HostRows
+            self.keys[key] = make(slots * size, *kind)
+        self.table = np.zeros((streams, slots), np.int64)  # slots of each stream, oldest first
+        self.free: list[int] = []
+        self.touched = 0  # slots from here on were never given
 
-    def grow(self, rows: int) -> None:
-        for key, old in self.arrays.items():  # one key at a time: nothing is held twice
-            new = np.empty((rows, *old.shape[1:]), old.dtype)
-            new[: self.count] = old[: self.count]
-            self.arrays[key] = new
-        self.rows = rows
+    def give(self, stream: int, place: int) -> None:
+        """A slot to that stream, behind its first `place` ones."""
+        if not self.free and self.touched == self.slots:
+            self._grow()
+        slot = self.free.pop() if self.free else self.touched
+        self.touched = max(self.touched, slot + 1)
+        self.table[stream, place] = slot
+
+    def take_oldest(self, stream: int) -> None:
+        slot = int(self.table[stream, 0])
+        self.table[stream, :-1] = self.table[stream, 1:]
+        self.free.append(slot)
+        self.valid[slot * self.size : (slot + 1) * self.size] = False
+
+    @property
+    def valid(self) -> np.ndarray:
+        """Whether a latent is known, of all rows that were ever used."""
+        array = self.keys[VALID].array if VALID in self.keys else np.zeros(0, bool)
+        return array[: self.touched * self.size]
+
+    def _grow(self) -> None:
+        """Beyond the capacity; only when a full disk holds steps back."""
+        self.slots += max(1, self.slots // 2)
+        for rows in self.keys.values():
+            rows.grow(self.slots * self.size)
+        self.table = np.pad(self.table, ((0, 0), (0, self.slots - self.table.shape[1])))
+
+    def rows(self, streams: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """Rows of the steps that are `offsets` after the oldest ones in memory of those streams (broadcast)."""
+        place, rest = np.divmod(offsets, self.size)
+        return self.table[streams, place] * self.size + rest
 
 
 class _Stream:
-    """The steps of one environment: positions `begin` to `end` are in memory."""
+    """The steps of one environment: positions `begin` to `end` are in memory; `index` is its line in the table."""
 
-    def __init__(self, ident: int, schema: dict, size: int):
-        self.id, self.schema, self.size = ident, schema, size
-        self.chunks: list[_Chunk] = []  # all full but the last
+    def __init__(self, ident: int, index: int, memory: _Memory):
+        self.id, self.index, self.memory = ident, index, memory
         self.begin = self.end = 0
         self.next_online = 0  # context position of the next window for the online queue
         self.episode = -1  # number of the episode that runs, or ran last
@@ -169,59 +203,40 @@ class _Stream:
         """Say, of an empty stream, that its steps before `position` exist but are not in memory."""
         self.begin = self.end = self.piece_start = position
 
-    def tail(self, wanted: int = 1) -> _Chunk:
-        """The last chunk, with room for a step and, if it may, for `wanted`."""
-        if not self.chunks or self.chunks[-1].count == self.size:
-            rows = self.size if self.chunks else min(self.size, max(FIRST_ROWS, wanted))
-            self.chunks.append(_Chunk(self.end, rows, self.schema))
-        chunk = self.chunks[-1]
-        if chunk.count == chunk.rows:
-            chunk.grow(min(self.size, max(2 * chunk.rows, chunk.count + wanted)))
-        return chunk
+    def row(self, position: int) -> int:
+        place, rest = divmod(position - self.begin, self.memory.size)
+        return int(self.memory.table[self.index, place]) * self.memory.size + rest
 
-    def append(self, step: dict) -> None:
-        chunk = self.tail()
-        for key, value in step.items():
-            chunk.arrays[key][chunk.count] = value
-        chunk.count += 1
-        self.end += 1
+    def advance(self, most: int = 1) -> slice:
+        """Makes room for up to `most` steps that lie side by side; where to write them."""
+        place, rest = divmod(len(self), self.memory.size)
+        if not rest:
+            self.memory.give(self.index, place)
+        count, row = min(most, self.memory.size - rest), self.row(self.end)
+        self.end += count
+        return slice(row, row + count)
 
-    def extend(self, rows: dict[str, np.ndarray]) -> None:
+    def extend(self, values: dict[str, np.ndarray]) -> None:
         """Append arrays [N, ...]; their latents are not known."""
-        total, done = len(rows["reward"]), 0
+        total, done = len(values["reward"]), 0
         while done < total:
-            chunk = self.tail(total - done)
-            count = min(total - done, chunk.rows - chunk.count)
-            place = slice(chunk.count, chunk.count + count)
-            for key, value in rows.items():
-                chunk.arrays[key][place] = value[done : done + count]
-            if VALID in chunk.arrays:
-                chunk.arrays[VALID][place] = False
-            chunk.count += count
-            self.end += count
+            rows = self.advance(total - done)
+            count = rows.stop - rows.start
+            for key, value in values.items():
+                self.memory.keys[key].write(rows, value[done : done + count])
             done += count
 
-    def spans(self, start: int, stop: int) -> Iterator[tuple[dict, slice, slice]]:
-        """For each chunk with some of the positions start to stop: its arrays, the rows, their offsets from start."""
-        position = start
-        while position < stop:
-            chunk = self.chunks[(position - self.begin) // self.size]
-            until = min(stop, chunk.start + self.size)
-            rows = slice(position - chunk.start, until - chunk.start)
-            yield chunk.arrays, rows, slice(position - start, until - start)
-            position = until
-
     def read(self, key: str, start: int, stop: int) -> np.ndarray:
-        parts = [arrays[key][rows] for arrays, rows, _ in self.spans(start, stop)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return self.memory.keys[key].read(self.memory.rows(self.index, np.arange(start, stop) - self.begin))
 
     def abandon(self) -> bool:
         """Mark the last step is_last if it is not; True if that was needed."""
-        if not self.chunks or self.chunks[-1].arrays["is_last"][self.chunks[-1].count - 1]:
+        if not len(self):
             return False
-        chunk = self.chunks[-1]
-        chunk.arrays["is_last"][chunk.count - 1] = True
-        chunk.arrays["action"][chunk.count - 1] = 0
+        row, keys = self.row(self.end - 1), self.memory.keys
+        if keys["is_last"].array[row]:
+            return False
+        keys["is_last"].array[row], keys["action"].array[row] = True, 0
         return True
 
     def finish_piece(self) -> None:
@@ -229,8 +244,9 @@ class _Stream:
             self.pending.append(_Piece(self.episode, self.piece, self.piece_start, self.end, self.partial))
         self.piece, self.piece_start, self.partial, self.partial_stop = self.piece + 1, self.end, None, 0
 
-    def drop_chunk(self) -> int:
-        count = self.chunks.pop(0).count
+    def drop_oldest(self) -> int:
+        count = min(len(self), self.memory.size)
+        self.memory.take_oldest(self.index)
         self.begin += count
         return count
 
@@ -242,7 +258,7 @@ class Replay:
     spaces: observation key -> gymnasium space (its shape and dtype). uint8 stays uint8, float64 is kept as float32.
     action_size: A, length of the action vectors.
     latent: {'deter': D, 'stoch': S, 'classes': C}; C = 0: Gaussian latents. None: no latents.
-    capacity: agent steps in memory, all streams together; the oldest chunk of the longest stream goes first.
+    capacity: agent steps in memory, all streams together; the oldest slot of the longest stream goes first.
     length: T, trained steps of a window.
     streams: environments that add steps. Streams with higher ids found on disk are sampled too.
     seed: of the draws.
@@ -250,7 +266,10 @@ class Replay:
     online: serve new windows once first.
     piece: steps of a file, at most (fewer if the memory is very small).
     read_only: never write to the directory; damaged files are skipped and counted.
-    Raises ReplayError where files in the directory do not fit the spaces, or the capacity is too small.
+    frames: where images (uint8 [H, W, C]) are kept, `frames(rows, shape, dtype)`: `storage.HostRows`, or DeviceRows on
+        some device; batches then hold tensors there.
+    Raises StoreError where memory lacks; ReplayError where files in the directory do not fit the spaces, or the
+    capacity is too small.
     """
 
     def __init__(
@@ -268,8 +287,9 @@ class Replay:
         online: bool = True,
         piece: int = 1024,
         read_only: bool = False,
+        frames: Callable = HostRows,
     ):
-        least = 2 * (length + 1) * max(1, streams)  # twice: a stream loses whole chunks and must still hold a window
+        least = 2 * (length + 1) * max(1, streams)  # twice: a stream loses whole slots and must still hold a window
         if capacity < least:
             raise ReplayError(
                 f"Found a replay of {capacity} steps (dataset_size), expected at least {least} for "
@@ -282,20 +302,26 @@ class Replay:
         self.online, self.read_only, self.latent = online, read_only, latent
         self._obs = {key: _kept(key, space) for key, space in spaces.items()}
         self._schema = self._make_schema()
-        # A chunk is a quarter of a stream's share at most. A stream whose oldest chunk is not written yet then holds
-        # two chunks at most, half of its share: when the memory is full there always is a chunk that may go.
-        self._size = min(CHUNK, max(1, self.capacity // (4 * max(1, self.streams))))
-        self._piece = min(int(piece), self._size)
+        # A slot is a quarter of a stream's share at most. A stream whose oldest slot is not written yet then holds
+        # two slots at most, half of its share: when the memory is full there always is a slot that may go.
+        size = min(SLOT, max(1, self.capacity // (4 * max(1, self.streams))))
+        self._piece = min(int(piece), size)
         self._rng = np.random.default_rng(seed)
         self._queue: deque[tuple[int, int]] = deque()  # (stream, context position)
-        self._streams = {i: _Stream(i, self._schema, self._size) for i in range(self.streams)}
         self._entries = self._steps = self._episodes = 0
         self._ignored: set[str] = set()  # keys of files that are not learned from
         self._counts = dict.fromkeys((*SAVED, "corrupt", "gaps", "abandoned"), 0)
-        if self.directory is not None:
-            if not read_only:
-                self.directory.mkdir(parents=True, exist_ok=True)
-            self._load()
+        if self.directory is not None and not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        stored = self._scan() if self.directory is not None else {}
+        ids = list(dict.fromkeys([*range(self.streams), *sorted(stored)]))
+        most = self.capacity + self.streams  # a step of every stream is stored before old ones go
+        if read_only:
+            most = min(most, sum(piece.length for pieces in stored.values() for piece in pieces))
+        # Every stream may have one slot that is not full.
+        self._memory = _Memory(self._schema, size, -(-most // size) + len(ids), len(ids), frames)
+        self._streams = {ident: _Stream(ident, index, self._memory) for index, ident in enumerate(ids)}
+        self._load(stored)
 
     @classmethod
     def offline(
@@ -309,6 +335,7 @@ class Replay:
         seed: int,
         latent: dict | None = None,
         action_repeat: int = 1,
+        frames: Callable = HostRows,
     ) -> "Replay":
         """Recorded episodes alone: nothing is ever written to the directory, and there is no online queue.
 
@@ -328,6 +355,7 @@ class Replay:
             action_repeat=action_repeat,
             online=False,
             read_only=True,
+            frames=frames,
         )
         if not len(replay):
             raise ReplayError(
@@ -367,16 +395,15 @@ class Replay:
         return self.bytes_per_step * (self.capacity if capacity is None else capacity)
 
     def stats(self) -> dict[str, int | float]:
-        """Counts for the log. `latents_valid`: share of the entries that hold a latent; `bytes`: allocated memory."""
-        chunks = [chunk for stream in self._streams.values() for chunk in stream.chunks]
-        valid = sum(int(chunk.arrays[VALID][: chunk.count].sum()) for chunk in chunks) if self.latent else 0
+        """Counts for the log. `bytes`: of the entries; `latents_valid`: share of the entries that hold a latent."""
+        valid = int(self._memory.valid.sum())
         return {
             "steps": self._steps,
             "entries": self._entries,
             "episodes": self._episodes,
             "windows": self.windows,
             "streams": sum(len(stream) > 0 for stream in self._streams.values()),
-            "bytes": sum(array.nbytes for chunk in chunks for array in chunk.arrays.values()),
+            "bytes": self.estimate_bytes(self._entries),
             "online_waiting": len(self._queue),
             "latents_valid": valid / max(1, self._entries),
             "unwritten_pieces": sum(len(stream.pending) for stream in self._streams.values()),
@@ -396,60 +423,82 @@ class Replay:
         finished piece cannot be written: the step itself **is** stored, and the piece is tried again at the next `add`
         or `flush`.
         """
+        steps = {key: np.asarray(value)[None] for key, value in step.items() if not key.startswith("log_")}
+        self._store([stream], steps, latent and tuple(np.asarray(part)[None] for part in latent))
+
+    def add_all(self, steps: dict, latents: tuple | None = None) -> None:
+        """Store a step of each environment: as `add`, with a leading axis for the environments; all of them or none."""
+        self._store(range(len(steps["is_first"])), steps, latents)
+
+    def _store(self, ids: Sequence[int], steps: dict, latents: tuple | None) -> None:
         if self.read_only:
             raise ReplayError(f"{self.directory} was opened to be read only; steps cannot be added.")
-        if not 0 <= stream < self.streams:
-            raise ReplayError(f"Found stream {stream}, expected 0 to {self.streams - 1}; raise `streams` (envs).")
-        target = self._streams[stream]
-        values = self._check_step(target, step) | self._check_latent(target, latent)
-        if values["is_first"]:
-            self._begin_episode(target)
-        target.append(values)
-        target.running = not values["is_last"]
-        self._entries += 1
-        self._steps += not values["is_first"]
-        if values["is_last"] or target.end - target.piece_start >= self._piece:
-            target.finish_piece()
-        self._enqueue(target)
-        self._write_pending(target)
+        for ident in ids:
+            if not 0 <= ident < self.streams:
+                raise ReplayError(f"Found stream {ident}, expected 0 to {self.streams - 1}; raise `streams` (envs).")
+        streams = [self._streams[ident] for ident in ids]
+        values = self._check_steps(streams, steps) | self._check_latents(len(streams), latents)
+        flags = list(zip(streams, values["is_first"].tolist(), values["is_last"].tolist(), strict=True))
+        for stream, is_first, _ in flags:
+            if is_first:
+                self._begin_episode(stream)
+        rows = np.array([stream.advance().start for stream in streams])
+        for key, value in values.items():
+            self._memory.keys[key].write(rows, value)
+        for stream, is_first, is_last in flags:
+            stream.running = not is_last
+            self._entries += 1
+            self._steps += not is_first
+            if is_last or stream.end - stream.piece_start >= self._piece:
+                stream.finish_piece()
+            self._enqueue(stream)
+        for stream in streams:
+            self._write_pending(stream)
         self._evict()
 
-    def _check_step(self, stream: _Stream, step: dict) -> dict:
-        def name() -> str:
-            episode = stream.episode + bool(step.get("is_first"))
+    def _check_steps(self, streams: list[_Stream], steps: dict) -> dict[str, np.ndarray]:
+        """The steps in the form in which they are kept, [N, ...]."""
+        count = len(streams)
+
+        def name(index: int) -> str:
+            stream = streams[index]
+            episode = stream.episode + bool(steps["is_first"][index])
             return f"stream {stream.id} (environment {stream.id}), step {stream.end} of the stream, episode {episode}"
 
-        absent = [key for key in (*FLAGS, "reward") if key not in step]
-        if absent or ("action" not in step and not step["is_last"]):
+        absent = [key for key in (*FLAGS, "reward") if key not in steps]
+        if absent or ("action" not in steps and not np.all(steps["is_last"])):
             raise ReplayError(
-                f"{name()}: {', '.join(absent or ['action'])} missing. Found {sorted(step)}; expected "
-                f"the observation keys and {sorted(RESERVED - {'discount'})}."
+                f"stream {streams[0].id}, step {streams[0].end} of the stream: {', '.join(absent or ['action'])} "
+                f"missing. Found {sorted(steps)}; expected the observation keys and {sorted(RESERVED - {'discount'})}."
             )
-        values = {key: bool(np.asarray(step[key]).reshape(())) for key in FLAGS}
-        if not values["is_first"] and not stream.running:
-            raise ReplayError(
-                f"{name()}: found a step without is_first where an episode must begin (after is_last, or "
-                "at the start); reset the environment and store what reset() gives first."
-            )
-        values["reward"] = _fit("reward", step["reward"], *self._schema["reward"], name)
-        for key, (shape, dtype) in self._obs.items():
-            present = key in step and bool(step.get(f"present/{key}", True))
+        values = {key: np.asarray(steps[key]).reshape(count).astype(bool) for key in FLAGS}
+        for index, (stream, is_first) in enumerate(zip(streams, values["is_first"].tolist(), strict=True)):
+            if not is_first and not stream.running:
+                raise ReplayError(
+                    f"{name(index)}: found a step without is_first where an episode must begin (after is_last, or "
+                    "at the start); reset the environment and store what reset() gives first."
+                )
+        values["reward"] = _fit_rows("reward", steps["reward"], np.ones(count, bool), *self._schema["reward"], name)
+        for key, kind in self._obs.items():
+            present = np.zeros(count, bool)
+            if key in steps:
+                present[:] = np.asarray(steps.get(f"present/{key}", True)).astype(bool)
             values[f"present/{key}"] = present
-            values[key] = _fit(f"observation {key!r}", step[key], shape, dtype, name) if present else 0
+            values[key] = _fit_rows(f"observation {key!r}", steps.get(key), present, *kind, name)
         # Last: an action that is not finite mostly comes of an observation that is not, and that one is to be named.
-        values["action"] = 0 if values["is_last"] else _fit("action", step["action"], *self._schema["action"], name)
+        acts = ~values["is_last"]
+        values["action"] = _fit_rows("action", steps.get("action"), acts, *self._schema["action"], name)
         return values
 
-    def _check_latent(self, stream: _Stream, latent: tuple | None) -> dict:
+    def _check_latents(self, count: int, latents: tuple | None) -> dict[str, np.ndarray]:
         if not self.latent:
             return {}
-        if latent is None:
-            return {VALID: False}
-        deter, stoch = self._cast_latents(*latent, lead=())
-        if not (np.isfinite(deter).all() and np.isfinite(stoch).all()):
-            self._counts["latents_rejected"] += 1
-            return {VALID: False}
-        return {DETER: deter, STOCH: stoch, VALID: True}
+        if latents is None:
+            return {VALID: np.zeros(count, bool)}
+        deter, stoch = self._cast_latents(*latents, lead=(count,))
+        valid = _finite_rows(deter) & _finite_rows(stoch)
+        self._counts["latents_rejected"] += count - int(valid.sum())
+        return {DETER: deter, STOCH: stoch, VALID: valid}
 
     def _begin_episode(self, stream: _Stream) -> None:
         if stream.running:  # the environment was reset without is_last
@@ -460,44 +509,48 @@ class Replay:
         self._episodes += 1
 
     def _evict(self) -> None:
-        """Drop the oldest chunks of the longest streams until the capacity holds; none that a piece still needs."""
+        """Drop the oldest slots of the longest streams until the capacity holds; none that a piece still needs."""
         while self._entries > self.capacity:
             candidates = [stream for stream in self._streams.values() if self._may_drop(stream)]
             if not candidates:  # only when a full disk holds pieces back: better too much memory than lost steps
                 return
-            self._entries -= max(candidates, key=len).drop_chunk()
+            self._entries -= max(candidates, key=len).drop_oldest()
         while self._queue and not self._has_window(*self._queue[0]):
             self._queue.popleft()
             self._counts["online_dropped"] += 1
 
     def _may_drop(self, stream: _Stream) -> bool:
-        if not stream.chunks:
-            return False
-        oldest = stream.chunks[0]
         if stream.id not in range(self.streams):  # nothing is added there any more
-            return True
-        written = self.directory is None or oldest.start + oldest.count <= stream.unwritten
-        return oldest.count == self._size and written
+            return len(stream) > 0
+        written = self.directory is None or stream.begin + self._memory.size <= stream.unwritten
+        return len(stream) >= self._memory.size and written
 
     # Sampling
 
     def empty(self, batch: int, allocate: Callable[[tuple, np.dtype], np.ndarray] = np.empty) -> Batch:
-        """A Batch of arrays for `sample(batch, out=...)`; `allocate(shape, dtype)` may give pinned memory."""
-        trained = {
-            key: allocate((batch, self.length, *shape), dtype)
-            for key, (shape, dtype) in self._schema.items()
-            if key not in (DETER, STOCH, VALID)
-        }
-        context = {
-            "action": allocate((batch, self.action_size), np.dtype(np.float32)),
-            "valid": allocate((batch,), np.dtype(bool)),
-        }
-        if self.latent:
-            context |= {
-                name: allocate((batch, *self._schema[key][0]), self._schema[key][1])
-                for name, key in (("deter", DETER), ("stoch", STOCH))
-            }
-        return Batch(trained, context)
+        """A Batch of arrays for `sample(batch, out=...)`; `allocate(shape, dtype)` may give pinned memory.
+
+        What is kept on a device is left out: a batch of it is a new tensor there.
+        """
+
+        def array(key: str, *lead: int) -> np.ndarray:
+            shape, dtype = self._schema[key]
+            return allocate((*lead, *shape), dtype)
+
+        trained, context = self._batch_keys()
+        on_host = [key for key in trained if isinstance(self._memory.keys[key], HostRows)]
+        out = Batch(
+            {key: array(key, batch, self.length) for key in on_host},
+            {name: array(key, batch) for name, key in context.items()},
+        )
+        if not self.latent:
+            out.context["valid"] = allocate((batch,), np.dtype(bool))
+        return out
+
+    def _batch_keys(self) -> tuple[list[str], dict[str, str]]:
+        """Keys of the trained steps, and of the context by their names there."""
+        latent = {"valid": VALID, "deter": DETER, "stoch": STOCH} if self.latent else {}
+        return [key for key in self._schema if key not in latent.values()], {"action": "action", **latent}
 
     def sample(self, batch: int, out: Batch | None = None) -> Batch:
         """`batch` windows: what waits in the online queue, then uniform draws. `out` (from `empty`) is filled if given.
@@ -508,10 +561,27 @@ class Replay:
         out = self.empty(batch) if out is None else out
         if len(out["reward"]) != batch:
             raise ReplayError(f"`out`: found {len(out['reward'])} windows, expected {batch}; use empty({batch}).")
-        for row, (stream, start) in enumerate(zip(where.streams.tolist(), where.starts.tolist(), strict=True)):
-            self._copy_window(self._streams[stream], start, row, out)
+        rows, _ = self._locate(where, np.arange(self.length + 1))
+        trained, context = self._batch_keys()
+        for key in trained:
+            out[key] = self._memory.keys[key].gather(rows[:, 1:], out.get(key))
+        for name, key in context.items():
+            self._memory.keys[key].gather(rows[:, 0], out.context[name])
+        if not self.latent:
+            out.context["valid"][:] = False
+        elif not out.context["valid"].all():  # zeros, not what is left of older steps, where there is none
+            unknown = ~out.context["valid"]
+            out.context["deter"][unknown] = out.context["stoch"][unknown] = 0
         out.where = where
         return out
+
+    def _locate(self, where: Where, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the steps that are `offsets` [N] after each start, and whether they are still in memory, [B, N]."""
+        streams = [self._streams[ident] for ident in where.streams.tolist()]
+        begin = np.array([stream.begin for stream in streams])
+        past = (where.starts - begin)[:, None] + offsets
+        index = np.array([stream.index for stream in streams])
+        return self._memory.rows(index[:, None], past.clip(0)), past >= 0
 
     def _choose(self, batch: int) -> Where:
         chosen = []
@@ -538,17 +608,6 @@ class Replay:
         starts = draws - bounds[index] + ends[index]  # bounds: where the stream's own positions end among the draws
         return Where(np.concatenate([online[:, 0], ids[index]]), np.concatenate([online[:, 1], starts]))
 
-    def _copy_window(self, stream: _Stream, start: int, row: int, out: Batch) -> None:
-        arrays, rows, _ = next(stream.spans(start, start + 1))
-        out.context["action"][row] = arrays["action"][rows.start]
-        out.context["valid"][row] = valid = bool(self.latent and arrays[VALID][rows.start])
-        if self.latent:  # zeros, not whatever the memory held, where there is none
-            out.context["deter"][row] = arrays[DETER][rows.start] if valid else 0
-            out.context["stoch"][row] = arrays[STOCH][rows.start] if valid else 0
-        for arrays, rows, offsets in stream.spans(start + 1, start + 1 + self.length):
-            for key, target in out.items():
-                target[row, offsets] = arrays[key][rows]
-
     def _has_window(self, stream: int, start: int) -> bool:
         held = self._streams.get(stream)
         return held is not None and held.begin <= start and start + self.length < held.end
@@ -572,21 +631,16 @@ class Replay:
         deter, stoch = self._cast_latents(deter, stoch, lead=(len(where.starts), self.length))
         finite = _finite_rows(deter) & _finite_rows(stoch)
         self._counts["latents_rejected"] += int((~finite).sum())
-        for row in np.flatnonzero(finite).tolist():
-            stream, first = self._streams[int(where.streams[row])], int(where.starts[row]) + 1
-            start, stop = max(first, stream.begin), first + self.length
-            for arrays, rows, offsets in stream.spans(start, stop):
-                source = slice(offsets.start + start - first, offsets.stop + start - first)
-                arrays[DETER][rows] = deter[row, source]
-                arrays[STOCH][rows] = stoch[row, source]
-                arrays[VALID][rows] = True
+        rows, held = self._locate(where, np.arange(1, self.length + 1))
+        held &= finite[:, None]
+        # Where windows overlap, the last one counts.
+        keep = slice(None) if held.all() else held
+        for key, value in ((DETER, deter), (STOCH, stoch), (VALID, held)):
+            self._memory.keys[key].write(rows[keep], value[keep])
 
     def forget_latents(self) -> None:
         """Mark every latent as not known, so that a run goes on from here as one that starts from the files does."""
-        for stream in self._streams.values():
-            for chunk in stream.chunks:
-                if self.latent:
-                    chunk.arrays[VALID][:] = False
+        self._memory.valid[:] = False
 
     def _cast_latents(self, deter: np.ndarray, stoch: np.ndarray, lead: tuple) -> tuple[np.ndarray, np.ndarray]:
         """To the kept dtypes; what float16 cannot hold becomes infinite and is rejected by the caller."""
@@ -656,16 +710,15 @@ class Replay:
 
     # Reading
 
-    def _load(self) -> None:
-        """Read the newest `capacity` steps of the directory; count the rest."""
-        stored = self._scan()
+    def _load(self, stored: dict[int, list[_Stored]]) -> None:
+        """Read the newest `capacity` steps of these files; count the rest."""
         own = [ident for ident in sorted(stored) if ident != OLDER]
         lengths = {ident: sum(piece.length for piece in stored[ident]) for ident in stored}
         rows = dict(zip(own, _share([lengths[ident] for ident in own], self.capacity), strict=True))
         if OLDER in stored:  # what another port recorded came before what this one did
             rows[OLDER] = min(lengths[OLDER], self.capacity - sum(rows.values()))
         for ident in sorted(stored):
-            stream = self._streams.setdefault(ident, _Stream(ident, self._schema, self._size))
+            stream = self._streams[ident]
             kept = self._load_stream(stream, stored[ident], rows[ident])
             self._entries += len(stream)
             self._steps += sum(piece.steps for piece in kept)
@@ -751,7 +804,7 @@ class Replay:
                 if data is None:
                     previous, skip = None, 0
                     continue
-                if not stream.chunks:
+                if not len(stream):
                     stream.resume_at(position + skip)
                 # Pieces of an episode are full but the last: a shorter one in the middle lost its end.
                 joined = (
@@ -769,7 +822,7 @@ class Replay:
             position += piece.length
             previous = piece
             kept.append(piece)
-        if not stream.chunks:
+        if not len(stream):
             stream.resume_at(position)
         self._counts["abandoned"] += stream.abandon()
         return kept
@@ -904,6 +957,10 @@ class Replay:
         return schema
 
 
+def _is_frame(shape: tuple, dtype: np.dtype) -> bool:
+    return dtype == np.uint8 and len(shape) == 3
+
+
 class _NotFinite(ReplayError):
     """NaN or infinity."""
 
@@ -940,6 +997,23 @@ def _fit(what: str, value, shape: tuple, dtype: np.dtype, name: Callable[[], str
             "are not finite), expected finite numbers; look for the cause in the environment."
         )
     return value
+
+
+def _fit_rows(
+    what: str, values, given: np.ndarray, shape: tuple, dtype: np.dtype, name: Callable[[int], str]
+) -> np.ndarray:
+    """`values` of N steps, each as `_fit` makes it; zeros where not `given` [N] (there they are not looked at)."""
+    if given.all():
+        values = np.asarray(values)
+        try:  # all at once
+            return _fit(what, values, (len(given), *shape), dtype, lambda: "all environments")
+        except ReplayError:
+            if values.shape[:1] != given.shape:
+                raise
+    rows = np.zeros((len(given), *shape), dtype)
+    for index in np.flatnonzero(given).tolist():  # one by one, to say which
+        rows[index] = _fit(what, values[index], shape, dtype, lambda index=index: name(index))
+    return rows
 
 
 def _finite_rows(value: np.ndarray) -> np.ndarray:

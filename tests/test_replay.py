@@ -101,8 +101,8 @@ def test_windows_pair_steps_and_cross_episodes():
     assert all(batch[f"present/{key}"].all() for key in SPACES)
 
 
-def test_windows_cross_chunks(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 5)
+def test_windows_cross_slots(monkeypatch):
+    monkeypatch.setattr(module, "SLOT", 5)
     replay = make(length=12)
     lengths = [9] * 12
     fill(replay, lengths, latent=True)
