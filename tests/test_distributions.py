@@ -5,7 +5,19 @@ import pytest
 import torch
 from torch import distributions as td
 
-from distributions import Bernoulli, Joint, Normal, OneHot, SquaredError, TwoHot, symexp, symexp_bins, symlog
+from distributions import (
+    Bernoulli,
+    Joint,
+    Normal,
+    OneHot,
+    SquaredError,
+    StraightThrough,
+    TwoHot,
+    softmax,
+    symexp,
+    symexp_bins,
+    symlog,
+)
 
 
 def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -111,6 +123,32 @@ def test_gradient_of_two_hot_loss_is_probs_minus_target():
     assert targets.grad is None
 
 
+@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_two_hot_loss_of_several_targets_is_the_sum_of_their_losses(count, squash):
+    bins = torch.linspace(-20, 20, 41, dtype=torch.float64) if squash else symexp_bins(41, dtype=torch.float64)
+    logits = draw(3, 4, 41, scale=2.0).double().requires_grad_()
+    targets = [draw(3, 4, seed=10 + n, scale=10.0**n).double().requires_grad_() for n in range(count)]
+    targets[0].data[0] = torch.tensor([1e12, -1e12, 0.0, bins[3] if not squash else 1.0])
+    found = TwoHot(logits, bins, squash).loss(*targets)
+    expected = sum(TwoHot(logits, bins, squash).loss(target) for target in targets)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    by_hand = torch.stack(
+        [
+            torch.from_numpy(two_hot(float(symlog(t) if squash else t), bins.numpy()))
+            for target in targets
+            for t in target.detach().flatten()
+        ]
+    ).view(count, 3, 4, 41)
+    torch.testing.assert_close(found, -(by_hand.sum(0) * torch.log_softmax(logits, -1)).sum(-1), rtol=1e-9, atol=1e-9)
+    weight = draw(3, 4, seed=5).double()
+    grads = [
+        torch.autograd.grad((loss * weight).sum(), (logits, *targets), allow_unused=True) for loss in (found, expected)
+    ]
+    torch.testing.assert_close(grads[0][0], grads[1][0], rtol=1e-10, atol=1e-12)
+    assert grads[0][1:] == (None,) * count, "targets are held"
+
+
 def test_a_mode_that_was_read_without_gradient_leaves_the_loss_its_own():
     logits = draw(4, 41).requires_grad_()
     dist = TwoHot(logits, symexp_bins(41))
@@ -120,6 +158,43 @@ def test_a_mode_that_was_read_without_gradient_leaves_the_loss_its_own():
 
 
 # Categoricals
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 1), (6, 2), (3, 4, 8), (3, 4, 9), (2, 3, 4, 5), (0, 3)], ids=str)
+def test_softmax_against_torch(shape):
+    """Few classes take another way than many; both are over the last axis."""
+    logits = (draw(*shape, scale=30.0)).double().requires_grad_()
+    found, expected = softmax(logits), torch.softmax(logits, -1)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-300)
+    weight = draw(*shape, seed=1).double()
+    grads = [torch.autograd.grad((out * weight).sum(), logits)[0] for out in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-14)
+    if logits.numel():
+        assert torch.autograd.gradcheck(softmax, (draw(*shape).double().requires_grad_(),))
+    turned = draw(*shape).double().permute(*reversed(range(len(shape))))  # classes do not lie side by side
+    torch.testing.assert_close(softmax(turned, few=100), torch.softmax(turned, -1))
+
+
+def test_straight_through_is_the_sample_with_the_gradient_of_the_probabilities():
+    probs, sample = draw(3, 4).requires_grad_(), torch.eye(4)[:3].requires_grad_()
+    grad = draw(3, 4, seed=1)
+    out = StraightThrough.apply(probs, sample)
+    assert torch.equal(out, sample)
+    found, unused = torch.autograd.grad(out, (probs, sample), grad, allow_unused=True)
+    assert torch.equal(found, grad) and unused is None
+
+
+@pytest.mark.parametrize("classes", [2, 8, 40])
+@pytest.mark.parametrize("unimix", [0.0, 0.01])
+def test_samples_are_exactly_one_hot_and_their_noise_gets_no_gradient(classes, unimix):
+    """probs + (sample - probs) would be one only to rounding."""
+    logits = draw(50, classes, scale=3.0).requires_grad_()
+    noise = gumbel(50, classes, seed=1).requires_grad_()
+    sample = OneHot(logits, unimix).sample(noise)
+    probs = (1 - unimix) * torch.softmax(logits, -1) + unimix / classes
+    assert torch.equal(sample, torch.eye(classes)[(probs.log() + noise).argmax(-1)])
+    grads = torch.autograd.grad((sample * draw(50, classes, seed=2)).sum(), (logits, noise), allow_unused=True)
+    assert (grads[0] != 0).any() and grads[1] is None
 
 
 @pytest.mark.parametrize("unimix", [0.0, 0.01, 0.3])

@@ -8,7 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers import MLP, Actor, BinaryHead, BlockLinear, Conv, Dense, Linear, RMSNorm, ScalarHead, init_weight
+import layers
+from layers import (
+    ACTIVATIONS,
+    MLP,
+    Actor,
+    BinaryHead,
+    BlockLinear,
+    Conv,
+    Dense,
+    FewPassNorm,
+    Linear,
+    RMSNorm,
+    ScalarHead,
+    in_pieces,
+    init_weight,
+)
 
 TRUNCATION = 1.1368  # restores the deviation of a normal that is cut at two deviations (ALGORITHM.md, Optimizer)
 
@@ -56,7 +71,7 @@ def test_block_linear_init_uses_the_fan_in_of_the_whole_layer():
     assert (layer.bias == 0).all()
 
 
-@pytest.mark.parametrize("resize", ["same", "pool", "stride", "transposed"])
+@pytest.mark.parametrize("resize", ["same", "pool", "stride", "nearest", "transposed"])
 def test_conv_init(resize):
     layer = Conv(32, 80, 5, resize)
     check_init(layer.conv.weight, 1 / math.sqrt(32 * 5 * 5))
@@ -93,14 +108,6 @@ def test_block_linear_is_a_block_diagonal_matrix():
     expected = x.reshape(2, 7, 12) @ dense + layer.bias
     torch.testing.assert_close(layer(x), expected)
     torch.testing.assert_close(layer(x[0, 0]), expected[0, 0])
-
-
-def test_block_linear_with_inputs_that_all_blocks_share():
-    layer = BlockLinear(3, 4 + 2, 5)
-    nn.init.normal_(layer.bias)
-    own, shared = torch.randn(7, 3, 4), torch.randn(7, 2)
-    joined = torch.stack([torch.cat([own[:, g], shared], -1) for g in range(3)], 1)
-    torch.testing.assert_close(layer(own, shared), layer(joined))
 
 
 def rms_norm(x, scale=1.0, eps=1e-4) -> np.ndarray:
@@ -140,6 +147,138 @@ def test_rms_norm_under_autocast():
         np.testing.assert_allclose(norm(x).detach(), rms_norm(x), rtol=1e-5)
 
 
+# The norm in few passes over memory: (shape of x, shape of the scale, axes of the mean)
+NORMS = {
+    "matrix": ((5, 7), (7,), (-1,)),
+    "sequence": ((2, 3, 5, 7), (7,), (-1,)),
+    "vector, of the scale's own shape": ((7,), (7,), (-1,)),
+    "a scale per row": ((5, 3, 7), (3, 7), (-1,)),
+    "one of them": ((1, 3, 7), (3, 7), (-1,)),
+    "blocks": ((3, 5, 4), (3, 1, 4), (0, -1)),
+    "blocks of one row, of the scale's own shape": ((3, 1, 4), (3, 1, 4), (0, -1)),
+    "one block": ((1, 5, 4), (1, 1, 4), (0, -1)),
+}
+norms = pytest.mark.parametrize("shape, scale_shape, axes", NORMS.values(), ids=NORMS)
+activated = pytest.mark.parametrize("act", [None, F.silu], ids=["plain", "silu"])
+
+
+def torch_norm(x, scale, act=None, axes=(-1,), eps=1e-4):
+    """torch's own RMS norm and activation. Over axes (0, -1), those two are laid side by side first."""
+    if axes == (-1,):
+        out = F.rms_norm(x, x.shape[-1:], None, eps) * scale
+    else:
+        flat = x.transpose(0, 1).flatten(1)
+        out = F.rms_norm(flat, flat.shape[-1:], scale.flatten(), eps).unflatten(1, x.shape[::2]).transpose(0, 1)
+    return act(out) if act else out
+
+
+def norm_inputs(shape, scale_shape, dtype=torch.float64):
+    """Rows of many sizes; the smallest are ruled by eps."""
+    size = 10.0 ** torch.linspace(1, -3, shape[-2] if len(shape) > 1 else 1, dtype=torch.float64)
+    x = torch.randn(shape, dtype=torch.float64) * (size.unsqueeze(-1) if len(shape) > 1 else size)
+    scale = torch.rand(scale_shape, dtype=torch.float64) + 0.5
+    return x.to(dtype).requires_grad_(), scale.to(dtype).requires_grad_()
+
+
+def check_norm(found, expected, *inputs, rtol=1e-10, atol=1e-12):
+    """Values and gradients."""
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+    weight = torch.randn_like(expected)
+    pairs = [torch.autograd.grad((out * weight).sum(), inputs) for out in (found, expected)]
+    for one, two in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, two, rtol=100 * rtol, atol=100 * atol)
+
+
+@activated
+@norms
+def test_norm_in_few_passes_against_torch(shape, scale_shape, axes, act):
+    x, scale = norm_inputs(shape, scale_shape)
+    expected = torch_norm(x, scale, act, axes)
+    found = layers.rms_norm(x, scale, act=act, axes=axes)
+    assert type(found.grad_fn).__name__ == "FewPassNormBackward"
+    check_norm(found, expected, x, scale)
+    with torch.no_grad():
+        torch.testing.assert_close(layers.rms_norm(x, scale, act=act, axes=axes), expected, rtol=1e-10, atol=1e-12)
+    # What comes in transposed is not mistaken for what lies in order.
+    order = list(reversed(range(len(shape))))
+    scattered = x.detach().permute(order).contiguous().permute(order).requires_grad_()
+    check_norm(
+        layers.rms_norm(scattered, scale, act=act, axes=axes), torch_norm(scattered, scale, act, axes), scattered
+    )
+
+
+@activated
+@norms
+def test_norm_in_few_passes_gradcheck(shape, scale_shape, axes, act):
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    scale = (torch.rand(scale_shape, dtype=torch.float64) + 0.5).requires_grad_()
+
+    def norm(x, scale):
+        return FewPassNorm.apply(x, scale, 1e-4, act is F.silu, axes)
+
+    assert torch.autograd.gradcheck(norm, (x, scale))
+    assert torch.autograd.gradcheck(lambda x: norm(x, scale.detach()), (x,)), "frozen scale"
+    assert torch.autograd.gradcheck(lambda scale: norm(x.detach(), scale), (scale,)), "frozen input"
+    assert torch.autograd.gradcheck(lambda x: norm(x, scale.detach()), (torch.zeros_like(x, requires_grad=True),))
+
+
+@activated
+@norms
+def test_norm_in_few_passes_leaves_its_inputs_and_can_be_gone_back_through_twice(shape, scale_shape, axes, act):
+    x, scale = norm_inputs(shape, scale_shape)
+    kept, kept_scale, grad = x.detach().clone(), scale.detach().clone(), torch.randn(shape, dtype=torch.float64)
+    kept_grad = grad.clone()
+    out = layers.rms_norm(x, scale, act=act, axes=axes)
+    first, second = (torch.autograd.grad(out, (x, scale), grad, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    assert torch.equal(x, kept) and torch.equal(scale, kept_scale) and torch.equal(grad, kept_grad)
+
+
+@activated
+@norms
+def test_norm_as_it_is_compiled(shape, scale_shape, axes, act, monkeypatch):
+    """Where a compiler or a GPU fuses operations, the norm is written plainly: the same numbers."""
+    x, scale = norm_inputs(shape, scale_shape)
+    few = layers.rms_norm(x, scale, act=act, axes=axes)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    plain = layers.rms_norm(x, scale, act=act, axes=axes)
+    assert type(plain.grad_fn) is not type(few.grad_fn)
+    check_norm(few, plain, x, scale)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_norm_with_any_activation(act):
+    x, scale = norm_inputs((5, 7), (7,))
+    function = ACTIVATIONS[act]
+    check_norm(layers.rms_norm(x, scale, act=function), torch_norm(x, scale, function), x, scale)
+
+
+@activated
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norm_of_half_precision(dtype, compiled, act, monkeypatch):
+    """float32 inside, gradients included; what comes out, and the input's gradient, are rounded."""
+    x, scale = norm_inputs((64, 48), (48,), torch.float32)
+    x = (x.detach().clamp(min=-100, max=100) + 0.5).to(dtype).requires_grad_()
+    weight = torch.randn(64, 48)
+    if compiled:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found = layers.rms_norm(x, scale, act=act)
+    expected = torch_norm(x.double(), scale.double(), act)
+    assert found.dtype == dtype
+    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": torch.finfo(dtype).eps}
+    torch.testing.assert_close(found.double(), expected, **close)
+    for out in ((found.float() * weight).sum(), (expected * weight).sum()):
+        out.backward()
+        if out.dtype == torch.float32:
+            x_grad, scale_grad, x.grad, scale.grad = x.grad, scale.grad, None, None
+    assert x_grad.dtype == dtype and scale_grad.dtype == torch.float32
+    # Where rows are small, gradients are large: errors are those of a row's whole gradient.
+    error = (x_grad.double() - x.grad.double()).norm(dim=-1) / x.grad.double().norm(dim=-1)
+    assert error.max() < 3 * torch.finfo(dtype).eps
+    assert (scale_grad - scale.grad).norm() / scale.grad.norm() < torch.finfo(dtype).eps
+
+
 def test_dense_is_linear_norm_activation():
     layer, x = Dense(6, 9), torch.randn(4, 6)
     nn.init.normal_(layer.linear.bias)
@@ -156,7 +295,9 @@ def test_mlp_sizes():
 
 
 @pytest.mark.parametrize("kernel", [3, 4, 5])
-@pytest.mark.parametrize("resize, factor", [("same", 1), ("pool", 0.5), ("stride", 0.5), ("transposed", 2)])
+@pytest.mark.parametrize(
+    "resize, factor", [("same", 1), ("pool", 0.5), ("stride", 0.5), ("nearest", 2), ("transposed", 2)]
+)
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_conv_sizes(kernel, resize, factor):
     for height, width in ((8, 8), (6, 10), (2, 4)):
@@ -180,6 +321,73 @@ def test_output_convolution_has_neither_norm_nor_activation():
     layer, x = Conv(4, 3, 5, norm=False), torch.randn(2, 4, 6, 6)
     assert layer.norm is None
     torch.testing.assert_close(layer(x), F.conv2d(x, layer.conv.weight, layer.conv.bias, padding=2))
+
+
+def same_padded(x, weight, bias):
+    """Centred convolution that keeps the size, for even kernels too, as `padding="same"` has it."""
+    kernel = weight.shape[-1]
+    before = (kernel - 1) // 2
+    return F.conv2d(F.pad(x, (before, kernel - 1 - before) * 2), weight, bias)
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["output", "norm"])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (2, 7), (8, 4)], ids=str)
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4, 5, 7])
+def test_folded_upsampling_is_upsampling_then_convolution(kernel, size, norm):
+    """Values and all gradients, also at the borders, and for kernels larger than the map."""
+    layer = Conv(3, 4, kernel, "nearest", norm=norm).double()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    expected = same_padded(nn.Upsample(scale_factor=2, mode="nearest")(x), layer.conv.weight, layer.conv.bias)
+    if norm:
+        expected = torch_norm(expected.permute(0, 2, 3, 1), layer.norm.scale, F.silu).permute(0, 3, 1, 2)
+    found = layer(x)
+    assert found.shape == (2, 4, 2 * size[0], 2 * size[1])
+    check_norm(found, expected, x, *layer.parameters())
+
+
+def test_folding_leaves_the_stored_weights_as_they_are():
+    layer = Conv(3, 4, 5, "nearest")
+    assert {name: tuple(value.shape) for name, value in layer.state_dict().items()} == {
+        "conv.weight": (4, 3, 5, 5),
+        "conv.bias": (4,),
+        "norm.scale": (4,),
+    }
+    # Of a kernel of 5 no more than 3 pixels of the small map are read per axis, each tap by one of them.
+    fold = layer.fold
+    assert fold.shape == (2, 3, 5) and (fold.sum(1) == 1).all()
+
+
+def test_folded_upsampling_gradcheck():
+    layer = Conv(2, 2, 5, "nearest", norm=False).double()
+    x = torch.randn(1, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    weight, bias = (p.detach().clone().requires_grad_() for p in layer.parameters())
+
+    def run(x, weight, bias):
+        return torch.func.functional_call(layer, {"conv.weight": weight, "conv.bias": bias}, (x,))
+
+    assert torch.autograd.gradcheck(run, (x, weight, bias))
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("count, size", [(11, 1), (11, 4), (12, 4), (11, 11), (11, 100), (1, 4)])
+def test_pieces_make_the_whole(count, size, recompute):
+    """Values and gradients, for a last piece of another size too, and each piece as large as it was asked to be."""
+    function = nn.Sequential(Conv(3, 4, 5, "pool"), Conv(4, 2, 3, "nearest"), Conv(2, 2, 3, "stride")).double()
+    x = torch.randn(count, 3, 8, 4, dtype=torch.float64, requires_grad=True)
+    seen = []
+
+    def watched(piece):
+        seen.append(len(piece))
+        return function(piece)
+
+    found = in_pieces(watched, x, size, recompute)
+    assert sum(seen) == count and max(seen) <= size and len(seen) == math.ceil(count / size)
+    check_norm(found, function(x), x, *function.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(in_pieces(function, x, size, recompute), function(x))
 
 
 # Heads
