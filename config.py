@@ -37,6 +37,7 @@ CHOICES = {
     "mode": ("train", "eval"),
     "precision": ("auto", "float32", "bfloat16", "float16"),
     "parallel": ("process", "thread", "serial"),
+    "replay_device": ("cpu", "cuda"),
     "log_level": ("debug", "info", "warning", "error"),
     "expl_behavior": ("greedy", "random"),
     "imag_gradient": ("reinforce", "dynamics", "both"),
@@ -135,7 +136,7 @@ NULLABLE = {
 FREE = (
     *("mode", "checkpoint", "episodes", "logdir", "force", "steps"),
     *("device", "precision", "compile", "threads", "deterministic_run"),
-    *("envs", "eval_envs", "parallel", "dataset_size", "evaldir", "offline_evaldir"),
+    *("envs", "eval_envs", "parallel", "dataset_size", "replay_device", "evaldir", "offline_evaldir"),
     *("log_every", "eval_every", "eval_episode_num", "eval_sample", "save_every", "video_pred_log"),
     *("tensorboard", "wandb", "wandb_project", "log_level"),
 )

@@ -32,6 +32,7 @@ from config import Config, ConfigError, check_resume, resolve_paths
 from envs import make_env
 from errors import UserError
 from exploration import Random
+from feed import Feed
 from logger import disk_errors
 from modalities import vector
 from modalities.image import open_loop_video
@@ -40,6 +41,7 @@ from networks import features
 from optim import Optimizer
 from parallel import EnvError, VectorEnv, make_vector
 from replay import Replay, ReplayError, infer_spaces
+from storage import DeviceRows, HostRows
 
 log = logging.getLogger("dreamer")
 
@@ -332,10 +334,23 @@ class Trainer:
 
     def _make_replay(self) -> Replay:
         config, options = self.config, self._replay_options(self.config.seed + 3)
+        options["frames"] = self._frames()
         if self.offline:
             return Replay.offline(config.offline_traindir, capacity=config.dataset_size, **options)
         with disk_errors(Path(config.traindir)):
             return Replay(Path(config.traindir), capacity=config.dataset_size, streams=config.envs, **options)
+
+    def _frames(self) -> Callable:
+        """Where the replay keeps images, see `replay_device`."""
+        if self.config.replay_device == "cpu":
+            return HostRows
+        if self.device.type != "cuda":
+            raise UserError(f"replay_device is cuda, but the run is on {self.device}: use --replay_device cpu")
+        return functools.partial(DeviceRows, device=self.device)
+
+    @functools.cached_property
+    def feed(self) -> Feed:
+        return Feed.to(self.device, self.replay, self.config.batch_size)
 
     def _make_eval_replay(self) -> Replay | None:
         """Held-out data for open-loop predictions: recorded episodes, or those of evaluations."""
@@ -470,9 +485,7 @@ class Trainer:
         return config.expl_behavior == "random" and not 0 < config.expl_until <= self.frames
 
     def _store(self, replay: Replay, obs: dict, action: np.ndarray, latents: tuple | None) -> None:
-        for env in range(len(action)):
-            step = {key: value[env] for key, value in obs.items() if not key.startswith("log_")}
-            replay.add(env, step | {"action": action[env]}, latents and (latents[0][env], latents[1][env]))
+        replay.add_all(obs | {"action": action}, latents)
 
     def _store_last(self, obs: dict) -> None:
         """The observations that were received and not acted on: of interest where they end an episode."""
@@ -511,11 +524,10 @@ class Trainer:
                 self.save()  # many updates were owed at once: no frame passes meanwhile
 
     def _update(self) -> None:
-        batch = self.replay.sample(self.config.batch_size)
-        tensors = self.agent.to_device({**batch, "context": batch.context})
-        metrics, latents = self.agent.train_step(tensors)
+        batch, where = self.feed.next()
+        metrics, latents = self.agent.train_step(batch)
         self._write_latents()
-        self.pending = (batch.where, self.agent.to_host(*latents))
+        self.pending = (where, self.agent.to_host(*latents))
         self.updates += 1
         self.metrics.add(metrics)
         if self.updates % 100 == 0:

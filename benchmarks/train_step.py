@@ -19,7 +19,7 @@ from report import amount, emit, gibibytes, seconds, share, table
 # Methods of the learner and what their time counts as. A method inside another one's time counts for itself.
 PARTS = (
     ("replay.sample", "sample, to device"),
-    ("agent.to_device", "sample, to device"),
+    ("feed.next", "sample, to device"),
     ("agent.draw_noise", "noise"),
     ("agent.world_model.encoder.forward", "encoder"),
     ("agent.world_model.rssm.observe", "observe"),
