@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from gymnasium import spaces as gs
 
 from distributions import Joint, Normal, OneHot, SquaredError
@@ -177,6 +178,63 @@ def test_decoder_sees_both_parts_of_the_state():
     deter, stoch = torch.randn(1, 8, requires_grad=True), torch.randn(1, 6, requires_grad=True)
     grads = torch.autograd.grad(decoder(deter, stoch)["image"].mode().sum(), (deter, stoch))
     assert all((grad != 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("lead", [(37,), (4, 9), (1, 1)], ids=str)
+def test_many_frames_are_coded_as_each_alone(lead, recompute):
+    """On a CPU frames go through in pieces: order and gradients are those of all together."""
+    spaces = {"left": IMAGE, "mask": gs.Box(0, 255, (16, 16, 1), np.uint8)}
+    encoder = image.ImageEncoder(spaces, recompute=recompute, **CNN).double()
+    obs = {"left": frames(*lead), "mask": frames(*lead, shape=(16, 16, 1))}
+    embed = encoder(obs, {})
+    one = [encoder({key: value.flatten(0, -4)[n] for key, value in obs.items()}, {}) for n in range(np.prod(lead))]
+    check_equal(embed, torch.stack(one).view(*lead, -1), encoder)
+
+    decoder = image.ImageDecoder(spaces, 8, 6, units=8, blocks=2, recompute=recompute, **CNN).double()
+    deter, stoch = torch.randn(*lead, 8).double(), torch.randn(*lead, 6).double()
+    dists = decoder(deter, stoch)
+    ones = [decoder(d, s) for d, s in zip(deter.flatten(0, -2), stoch.flatten(0, -2), strict=True)]
+    for key in spaces:
+        expected = torch.stack([dist[key].mode() for dist in ones]).view(*lead, *spaces[key].shape)
+        check_equal(dists[key].mode(), expected, decoder)
+
+
+def check_equal(found: torch.Tensor, expected: torch.Tensor, module: torch.nn.Module) -> None:
+    """Values, and the gradients of every weight."""
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    weight = torch.randn_like(expected)
+    grads = [
+        torch.autograd.grad((out * weight).sum(), list(module.parameters()), retain_graph=True)
+        for out in (found, expected)
+    ]
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-9)
+
+
+def test_image_decoder_upsamples_then_convolves():
+    """The whole decoder against one that upsamples every map before its convolution, from the same weights."""
+    decoder = image.ImageDecoder({"image": IMAGE}, 8, 6, units=8, blocks=2, **CNN).double()
+    with torch.no_grad():
+        for p in decoder.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    deter, stoch = torch.randn(20, 8).double(), torch.randn(20, 6).double()
+    height, width, depth = decoder.start
+    by_block = [
+        (deter[:, 4 * g : 4 * g + 4] @ decoder.from_deter.weight[g] + decoder.from_deter.bias.chunk(2)[g])
+        .view(20, height, width, depth // 2)
+        for g in range(2)
+    ]  # fmt: skip
+    x = torch.cat(by_block, -1) + decoder.from_stoch(stoch).view(20, height, width, depth)
+    x = F.silu(F.rms_norm(x, (depth,), decoder.norm.scale, 1e-4)).permute(0, 3, 1, 2)
+    for stage in decoder.stages:
+        large = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        x = F.conv2d(large, stage.conv.weight, stage.conv.bias, padding=2)
+        if stage.norm is not None:
+            x = F.rms_norm(x.permute(0, 2, 3, 1), x.shape[1:2], stage.norm.scale, 1e-4)
+            x = F.silu(x).permute(0, 3, 1, 2)
+    assert [stage.norm is None for stage in decoder.stages] == [False, True]
+    check_equal(decoder(deter, stoch)["image"].mode(), torch.sigmoid(x).permute(0, 2, 3, 1), decoder)
 
 
 def test_open_loop_video_marks_what_is_imagined():
