@@ -48,7 +48,9 @@ def as_vector(value: Shaped[Tensor, "..."], space: gs.Space, symlogged: bool) ->
         start = np.asarray(getattr(space, "start", 0)).reshape(-1)
         if start.any():
             index = index - torch.as_tensor(start, device=value.device)
-        return torch.cat([F.one_hot(index[..., i], n) for i, n in enumerate(sizes)], -1).float()
+        # Rows of unit matrices: `F.one_hot` looks at the largest index on the host, and goes through int64.
+        units = [torch.eye(n, dtype=torch.float32, device=value.device) for n in sizes]
+        return torch.cat([F.embedding(index[..., i], unit) for i, unit in enumerate(units)], -1)
     value = value if value.is_floating_point() else value.float()
     return symlog(value) if symlogged else value
 

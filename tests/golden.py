@@ -1,6 +1,7 @@
 """Compare this project with numbers that the reference implementation computed.
 
     python tests/golden.py FILE.npz [--horizon 333] [--lam 0.95] [--imag_horizon 15] [--dump OUT.npz]
+                           [--device cpu] [--compile]
 
 The file holds weights, four batches, and what the reference made of them: losses, posterior, return normaliser,
 gradients, and the weights after four optimizer steps (format: `tests/golden/README.md`). Network sizes and the kinds of
@@ -82,7 +83,9 @@ class Reference:
     def vector_head(self, key: str) -> str:
         return next(k for k in self.layers() if re.fullmatch(f"dec/vec/{re.escape(key)}/[^/]+", k))
 
-    def settings(self, horizon: float, lam: float, imag_horizon: int) -> dict:
+    def settings(
+        self, horizon: float, lam: float, imag_horizon: int, device: str = "cpu", compile: bool = False
+    ) -> dict:
         """The project's configuration for networks of this file's sizes and the training settings of its README."""
         blocks, _, block = self.shape("dyn/dyngru")
         deter = blocks * block // 3
@@ -107,7 +110,8 @@ class Reference:
             "opt.warmup": 2,
             "opt.eps": 1e-8,
             "precision": "float32",
-            "device": "cpu",
+            "device": device,
+            "compile": compile,
         }
         if self.images:
             kernels = [self.shape(f"enc/cnn{n}") for n in range(self.count("enc/cnn#"))]
@@ -244,10 +248,12 @@ class Names:
             self._conv("dec/imgout", last, norm=False)
 
 
-def build(reference: Reference, horizon: float, lam: float, imag_horizon: int) -> tuple[Dreamer, Names]:
-    settings = reference.settings(horizon, lam, imag_horizon)
+def build(
+    reference: Reference, horizon: float, lam: float, imag_horizon: int, device: str = "cpu", compile: bool = False
+) -> tuple[Dreamer, Names]:
+    settings = reference.settings(horizon, lam, imag_horizon, device, compile)
     config = configuration.load([]).replace(**settings)
-    agent = Dreamer(reference.obs_space(), reference.act_space(), config)
+    agent = Dreamer(reference.obs_space(), reference.act_space(), config, device)
     names = Names(agent, reference.vector_head)
     names.load(reference.weights)
     retnorm = agent.behavior.streams["extrinsic"].retnorm
@@ -301,15 +307,19 @@ def compute(reference: Reference, agent: Dreamer, names: Names) -> dict[str, np.
             out |= {f"out:retnorm/{key}/value": getattr(retnorm, key).clone() for key in ("lo", "hi")}
             for tensor, name, _, to_reference in names.pairs:
                 if tensor.grad is not None and not name.startswith("slowval/"):
-                    out[f"grad:{name}"] = to_reference(tensor.grad.clone().numpy())
+                    out[f"grad:{name}"] = to_reference(to_numpy(tensor.grad.clone()))
         metrics = agent.optimizer.apply(torch.isfinite(loss.detach()))
         agent.behavior.after_step()
         out[f"out:opt/{step}/loss"] = loss
         out |= {f"out:opt/{step}/{key}": metrics[key] for key in ("grad_norm", "update_rms")}
     for tensor, name, _, to_reference in names.pairs:
-        out[f"after:{name}"] = to_reference(tensor.detach().numpy())
+        out[f"after:{name}"] = to_reference(to_numpy(tensor))
     out |= {f"after:retnorm/{key}/value": getattr(retnorm, key) for key in ("lo", "hi")}
-    return {key: np.array(v.detach().numpy() if torch.is_tensor(v) else v, np.float32) for key, v in out.items()}
+    return {key: np.array(to_numpy(v) if torch.is_tensor(v) else v, np.float32) for key, v in out.items()}
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy()
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
@@ -348,10 +358,19 @@ def compare(reference: Reference, found: dict[str, np.ndarray]) -> dict[str, dic
     return errors
 
 
-def check(path: str, horizon: float = 333, lam: float = 0.95, imag_horizon: int = 15) -> tuple[dict, dict]:
+def check(
+    path: str,
+    horizon: float = 333,
+    lam: float = 0.95,
+    imag_horizon: int = 15,
+    device: str = "cpu",
+    compile: bool = False,
+) -> tuple[dict, dict]:
     """Errors by kind and name, and everything that was computed."""
     reference = Reference(path)
-    agent, names = build(reference, horizon, lam, imag_horizon)
+    # float32 is what is compared: TF32 keeps 10 bits of it.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    agent, names = build(reference, horizon, lam, imag_horizon, device, compile)
     found = compute(reference, agent, names)
     return compare(reference, found), found
 
@@ -368,8 +387,10 @@ def main() -> int:
     parser.add_argument("--lam", type=float, default=0.95)
     parser.add_argument("--imag_horizon", type=int, default=15)
     parser.add_argument("--dump", metavar="OUT.npz", help="write what was computed, under the file's key names")
+    parser.add_argument("--device", default="cpu", help="where this project computes: cpu, cuda, ...")
+    parser.add_argument("--compile", action="store_true", help="compile what training compiles (takes minutes)")
     args = parser.parse_args()
-    errors, found = check(args.file, args.horizon, args.lam, args.imag_horizon)
+    errors, found = check(args.file, args.horizon, args.lam, args.imag_horizon, args.device, args.compile)
     if args.dump:
         np.savez(args.dump, **found)
     for kind, rows in errors.items():
