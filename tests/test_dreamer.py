@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import cloudpickle
@@ -22,14 +23,18 @@ import torch
 from gymnasium import spaces
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import config as configuration
 import envs
 import tools
+from distributions import OneHot
 from dreamer import Dreamer, Trainer, cli, make_envs, play
 from envs import Env, register_env, transition
 from errors import UserError
 from exploration import Random
+from models import total_loss
 from networks import features
 from parallel import EnvError
 
@@ -763,7 +768,250 @@ def test_compiled_run(tmp_path):
     assert metrics(tmp_path)[-1]["opt/bad_updates"] == 0
 
 
-# 7. Acting
+def shaken(agent: Dreamer) -> Dreamer:
+    """No output layer zero, behind which differences would not show."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in agent.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return agent
+
+
+def losses_and_gradients(agent: Dreamer) -> tuple[dict, dict]:
+    batch = random_batch(agent)
+    losses, post, _ = agent.losses(batch, agent.draw_noise(*batch["reward"].shape))
+    agent.optimizer.backward(total_loss(losses, agent.loss_scales))
+    grads = {name: p.grad.clone() for name, p in agent.named_parameters() if p.requires_grad}
+    return {name: value.detach() for name, value in (losses | post).items()}, grads
+
+
+def compare_compiled(*flags: str, discrete: bool = False) -> None:
+    """Losses, latents and gradients of a compiled agent against those of the same agent as written; then acting.
+
+    The largest error is relative to its tensor's norm, or absolute where that is smaller than 1.
+    """
+    act_space = spaces.Discrete(3) if discrete else CONTINUOUS
+    options = ["--imag_horizon", 3, *flags]
+    plain, compiled = (
+        shaken(make_agent(*options, "--compile", value, act_space=act_space)) for value in ("false", "true")
+    )
+    errors = {}
+    for expected, found in zip(losses_and_gradients(plain), losses_and_gradients(compiled), strict=True):
+        assert expected.keys() == found.keys()
+        for key, value in expected.items():
+            errors[key] = ((found[key] - value).norm() / value.norm().clamp(min=1)).item()
+    obs = {key: value[:, 0].numpy() for key, value in random_batch(plain).items() if key in SPACES}
+    obs["is_first"] = np.ones(3, bool)
+    actions = [agent.policy(obs, agent.initial(3))[0] for agent in (plain, compiled)]
+    errors["action"] = abs(actions[0] - actions[1]).max()
+    worst = max(errors, key=errors.get)
+    print(f"largest error: {errors[worst]:.1e} ({worst}), of {len(errors)}")
+    assert len(errors) > 100 and errors[worst] < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "flags, discrete",
+    [("", False), ("--imag_gradient both --critic.slow_target true", True), ("--dyn.discrete 0 --dyn.cell gru", False)],
+)
+def test_compiled_steps_give_the_same_numbers(flags, discrete):
+    """In a process of its own: compilers do not look through the checking of shapes in these tests' type hints."""
+    code = f"import test_dreamer as t; t.compare_compiled(*{flags.split()!r}, discrete={discrete})"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1700)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+# 7. No read of the device
+
+
+READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2", "allclose"}
+HOST = {"item", "tolist", "numpy", "cpu", "__array__", "__bool__", "__int__", "__float__", "__index__", "__repr__"}
+
+
+class Reads(TorchDispatchMode):
+    """Notes every operation that would make the host wait for a device, as (name, line of this project).
+
+    A value that the host needs, or a shape that depends on values. On a CPU some are never dispatched (`tolist`,
+    `numpy`): `HostReads` sees those.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def note(self, name: str) -> None:
+        lines = [
+            frame for frame in traceback.extract_stack() if Path(frame.filename).parent in (ROOT, ROOT / "modalities")
+        ]
+        at = f"{Path(lines[-1].filename).name}:{lines[-1].lineno} {lines[-1].line}" if lines else "outside"
+        self.found.append((name, at))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        if name in ("index", "index_put", "index_put_"):  # rows by number are as many as there are numbers
+            read = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        else:
+            read = bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
+        if read or name in READS:
+            self.note(name)
+        return func(*args, **(kwargs or {}))
+
+
+class HostReads(TorchFunctionMode):
+    def __init__(self, reads: Reads):
+        super().__init__()
+        self.reads = reads
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in HOST:
+            self.reads.note(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def reads_of_the_device():
+    with Reads() as reads, HostReads(reads):
+        yield reads.found
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum().item(),
+        lambda x: float(x[0]),
+        lambda x: int(x[0]),
+        lambda x: bool((x > 0).all()),
+        lambda x: 1 if x[0] > 0 else 2,
+        lambda x: x.tolist(),
+        lambda x: x.numpy(),
+        lambda x: np.asarray(x),
+        lambda x: x.cpu(),
+        lambda x: str(x),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: torch.where(x > 0),
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.unique(),
+        lambda x: torch.equal(x, x),
+        lambda x: torch.allclose(x, x),
+        lambda x: torch.repeat_interleave(x, torch.tensor([1, 2, 3])),
+        lambda x: torch.zeros(3).index_put_((x > 0,), torch.tensor(1.0)),
+    ],
+)
+def test_reads_are_seen(read):
+    x = torch.arange(3.0)
+    with reads_of_the_device() as found:
+        read(x)
+    assert found
+
+
+def test_what_reads_nothing_is_not_seen():
+    x = torch.arange(3.0, requires_grad=True)
+    with reads_of_the_device() as found:
+        y = torch.where(x > 1, x, 0.0)[torch.tensor([2, 0])]
+        y.masked_fill(~torch.isfinite(y), 0.0).sum().backward()
+        assert x.shape[0] == 3 and x.grad.is_floating_point() and len(x) == 3
+    assert not found
+
+
+@pytest.mark.parametrize("flags, kind", CASES)
+def test_no_step_of_training_reads_the_device(flags, kind):
+    """Not forwards, not backwards, not in the optimizer: the host runs ahead of the device and never waits for it."""
+    agent = make_agent(*flags.split(), act_space=CONTINUOUS if kind == "continuous" else spaces.MultiDiscrete([2, 3]))
+    for seed in range(2):  # what only a first step does is found, too
+        batch = random_batch(agent, seed=seed)
+        with reads_of_the_device() as found:
+            agent.train_step(batch)
+        assert not found, "\n".join(f"{name} at {line}" for name, line in dict.fromkeys(found))
+
+
+def test_acting_reads_the_device_once():
+    agent = make_agent()
+    obs = {key: value[:, 0].numpy() for key, value in random_batch(agent).items() if key in SPACES}
+    obs["is_first"], state = np.ones(3, bool), agent.initial(3)
+    for _ in range(2):
+        with reads_of_the_device() as found:
+            _, state = agent.policy(obs, state)
+        assert [name for name, _ in found] == ["cpu", "numpy"], found
+
+
+# 8. Noise
+
+
+def test_gumbel_noise_follows_its_law():
+    agent, count = make_agent(), 1_000_000
+    noise = agent._noise((count // 10, 10), True, torch.Generator().manual_seed(3)).flatten().double()
+    variance = np.pi**2 / 6
+    # Five deviations of the sample's mean and variance (a Gumbel's kurtosis is 5.4).
+    assert abs(noise.mean() - 0.577216) < 5 * np.sqrt(variance / count)
+    assert abs(noise.var() - variance) < 5 * variance * np.sqrt(4.4 / count)
+    ordered = noise.sort().values
+    law = torch.exp(-torch.exp(-ordered))
+    distance = (law - (torch.arange(count) + 0.5) / count).abs().max()  # Kolmogorov-Smirnov
+    assert distance < 2.2 / np.sqrt(count)
+    assert abs(torch.corrcoef(noise.view(-1, 2).T)[0, 1]) < 5 / np.sqrt(count / 2)
+
+
+@pytest.mark.parametrize("classes", [3, 10])  # few and many take different ways through the softmax
+@pytest.mark.parametrize("unimix", [0.0, 0.01])
+def test_sampled_classes_follow_their_probabilities(classes, unimix):
+    agent, count = make_agent(), 200_000
+    logits = torch.linspace(-3, 2, classes)
+    noise = agent._noise((count, classes), True, torch.Generator().manual_seed(4))
+    drawn = OneHot(logits.expand(count, classes), unimix).sample(noise).double().sum(0)
+    expected = ((1 - unimix) * torch.softmax(logits.double(), -1) + unimix / classes) * count
+    chi_square = ((drawn - expected) ** 2 / expected).sum()
+    assert chi_square < {2: 13.8, 9: 27.9}[classes - 1]  # 99.9 %
+
+
+@pytest.mark.parametrize("draw", [0.0, 1e-45, 2.0**-24, 0.5, 1 - 2.0**-24])
+def test_gumbel_noise_is_finite_for_every_draw(draw, monkeypatch):
+    agent = make_agent()
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, *_, generator=None: self.fill_(draw))
+    noise = agent._noise((4,), True, agent.generator)
+    assert noise.isfinite().all() and (-5 < noise).all() and (noise < 17).all()
+    if draw > 1e-30:
+        torch.testing.assert_close(
+            noise.double(), torch.full((4,), -np.log(-np.log(draw))).double(), rtol=1e-3, atol=1e-6
+        )
+
+
+def test_noise_belongs_to_its_generator():
+    agent, other = make_agent(), make_agent()
+    one, two = agent.draw_noise(2, 3), other.draw_noise(2, 3)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    again = agent.draw_noise(2, 3)
+    assert not any(torch.equal(one[key], again[key]) for key in one)
+    normal = agent._noise((100_000,), False, agent.generator)
+    assert abs(normal.mean()) < 5 / np.sqrt(1e5) and abs(normal.std() - 1) < 5 / np.sqrt(2e5)
+
+
+# 9. Acting
+
+
+def test_acting_sees_the_latest_weights():
+    """The policy's own layout of the weights is made anew after an update and after a restart."""
+    agent, fresh = make_agent("--opt.warmup", 0, "--opt.lr", 0.01), make_agent()
+    obs = {key: value[:, 0].numpy() for key, value in random_batch(agent).items() if key in SPACES}
+    obs["is_first"] = np.zeros(3, bool)
+    state = agent.initial(3)
+    state["latent"]["deter"].uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+
+    def act(agent: Dreamer) -> torch.Tensor:
+        return agent.policy(obs, state, sample=False, generator=torch.Generator().manual_seed(0))[1]["latent"]["deter"]
+
+    before = act(agent)
+    assert torch.equal(act(agent), before) and torch.equal(act(fresh), before)
+    agent.train_step(random_batch(agent))
+    after = act(agent)
+    assert not torch.allclose(after, before)
+    agent.snapshot = None
+    assert torch.equal(act(agent), after)
+    fresh.restore(agent.checkpoint())
+    assert torch.equal(act(fresh), after)
 
 
 def test_acting_sees_what_learning_sees():
@@ -808,7 +1056,7 @@ def test_sampled_actions_differ_and_the_mode_does_not():
     assert act(True, 1).std() > 0.3 and np.abs(act(False, 1)).max() < 0.3  # a new actor: mean about 0, deviation 0.9
 
 
-# 8. The training loop's accounts
+# 10. The training loop's accounts
 
 
 def make_trainer(logdir, *flags) -> Trainer:
