@@ -45,12 +45,10 @@ def as_vector(value: Shaped[Tensor, "..."], space: gs.Space, symlogged: bool) ->
     sizes = classes(space)
     if sizes:
         index = value.long()
-        start = np.asarray(getattr(space, "start", 0)).reshape(-1)
-        if start.any():
-            index = index - torch.as_tensor(start, device=value.device)
+        starts = np.broadcast_to(np.asarray(getattr(space, "start", 0)).reshape(-1), len(sizes)).tolist()
         # Rows of unit matrices: `F.one_hot` looks at the largest index on the host, and goes through int64.
         units = [torch.eye(n, dtype=torch.float32, device=value.device) for n in sizes]
-        return torch.cat([F.embedding(index[..., i], unit) for i, unit in enumerate(units)], -1)
+        return torch.cat([F.embedding(index[..., i] - starts[i], unit) for i, unit in enumerate(units)], -1)
     value = value if value.is_floating_point() else value.float()
     return symlog(value) if symlogged else value
 
