@@ -31,18 +31,23 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if min(args.stored) < least:
         parser.error(f"--stored {min(args.stored):g}: a window in each of {config.envs} streams takes {least} steps")
     obs_space, act_space = common.spaces(args.obs, config)
-    replay = Replay(
-        None,
-        obs_space,
-        act_space.shape[0],
-        latent={"deter": config.dyn.deter, "stoch": config.dyn.stoch, "classes": config.dyn.discrete},
-        capacity=2 * int(max(args.stored)),
-        length=config.batch_length,
-        streams=config.envs,
-        seed=config.seed,
-        online=False,  # all windows are drawn
-    )
+
+    def make(capacity: int) -> Replay:
+        return Replay(
+            None,
+            obs_space,
+            act_space.shape[0],
+            latent={"deter": config.dyn.deter, "stoch": config.dyn.stoch, "classes": config.dyn.discrete},
+            capacity=2 * capacity,
+            length=config.batch_length,
+            streams=config.envs,
+            seed=config.seed,
+            online=False,  # all windows are drawn
+        )
+
+    replay = make(least)
     fits, rest = affordable(replay, sorted(map(int, args.stored)))
+    replay = make(max([least, *fits]))
     for stored in rest:
         print(f"Left out: {stored:,} steps would take {gibibytes(replay.estimate_bytes(stored))}")
     pool = steps(replay, obs_space, np.random.default_rng(config.seed))
@@ -77,23 +82,25 @@ def affordable(replay: Replay, wanted: list[int]) -> tuple[list[int], list[int]]
 
 
 def steps(replay: Replay, obs_space: dict, rng: np.random.Generator) -> list[tuple[dict, tuple]]:
-    """Random steps with their latents."""
-    pool = []
+    """Random steps of all environments, with their latents."""
+    pool, count = [], replay.streams
     for _ in range(POOL):
-        step = {key: common.draw(space, rng) for key, space in obs_space.items()}
-        step |= {"reward": 0.5, "action": np.zeros(replay.action_size, np.float32), "is_terminal": False}
-        deter = rng.uniform(-1, 1, replay.latent["deter"]).astype(np.float16)
-        pool.append((step, (deter, np.zeros(replay.latent["stoch"], np.uint8))))
+        step = {key: common.draw(space, rng, count) for key, space in obs_space.items()}
+        step |= {"reward": np.full(count, 0.5, np.float32), "is_terminal": np.zeros(count, bool)}
+        step |= {"action": np.zeros((count, replay.action_size), np.float32)}
+        deter = rng.uniform(-1, 1, (count, replay.latent["deter"])).astype(np.float16)
+        pool.append((step, (deter, np.zeros((count, replay.latent["stoch"]), np.uint8))))
     return pool
 
 
 def add(replay: Replay, pool: list[tuple[dict, tuple]], until: int) -> None:
-    """Adds steps to all streams in turn until there are so many."""
-    for index in range(len(replay), until):
-        step, latent = pool[index % len(pool)]
-        time, stream = divmod(index, replay.streams)
-        phase = time % common.EPISODE
-        replay.add(stream, step | {"is_first": phase == 0, "is_last": phase == common.EPISODE - 1}, latent)
+    """Adds steps to all streams at once until there are so many, or up to one per stream more."""
+    every = np.ones(replay.streams, bool)
+    for turn in range(len(replay) // replay.streams, -(-until // replay.streams)):
+        step, latents = pool[turn % len(pool)]
+        phase = turn % common.EPISODE
+        flags = {"is_first": every & (phase == 0), "is_last": every & (phase == common.EPISODE - 1)}
+        replay.add_all(step | flags, latents)
 
 
 def row(point: dict, estimate: int) -> tuple:
