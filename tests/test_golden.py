@@ -7,6 +7,7 @@ from pathlib import Path
 import golden
 import numpy as np
 import pytest
+import torch
 
 FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 
@@ -33,6 +34,23 @@ def test_command_line_and_dump(path, tmp_path):
     compared = [k for k in expected.files if k.startswith(("out:loss", "out:post/", "grad:", "after:"))]
     assert compared and set(compared) <= set(dumped.files)
     assert all(dumped[k].shape == expected[k].shape for k in compared)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_agrees_with_reference_when_compiled(path):
+    command = [sys.executable, golden.__file__, str(path), "--compile", "--device", "cpu"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_agrees_with_reference_on_a_gpu(path):
+    errors, _ = golden.check(str(path), device="cuda")
+    assert golden.within(errors), {kind: max(rows.values()) for kind, rows in errors.items()}
 
 
 @pytest.mark.parametrize("change", [{"horizon": 100}, {"lam": 0.9}, {"imag_horizon": 14}], ids=str)
