@@ -771,6 +771,7 @@ def main(config: Config) -> None:
     tools.setup_logging(config.log_level, None if config.mode == "eval" else resolve_paths(config).logdir)
     tools.seed_everything(config.seed)
     tools.set_threads(config.threads)
+    tools.keep_freed_memory()
     if config.deterministic_run:
         tools.enable_deterministic_run()
     if config.mode == "eval":

@@ -5,7 +5,7 @@ flattening yields (height, width, channels), all without a copy.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -95,53 +95,60 @@ def rms_norm(
         axes: the last one, and others.
     """
     wide = x.to(scale.dtype)
-    if x.device.type == "cpu" and act in (None, F.silu) and not torch.compiler.is_compiling():
-        if torch.is_grad_enabled():
-            return FewPassNorm.apply(wide, scale, eps, act is F.silu, axes).to(x.dtype)
-        return few_pass_norm(wide, scale, eps, act is F.silu, axes)[0].to(x.dtype)
+    large = x.numel() >= PIECE and x.device.type == "cpu"
+    if large and act in (None, F.silu) and not torch.compiler.is_compiling():
+        return PiecewiseNorm.apply(wide, scale, eps, act is F.silu, axes).to(x.dtype)
     out = (wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + eps) * scale).to(x.dtype)
     return act(out) if act else out
 
 
-def few_pass_norm(
-    x: Float[Tensor, "..."], scale: Float[Tensor, "..."], eps: float, silu: bool, axes: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """`rms_norm`, with or without SiLU, in place where it can be, for a CPU: nothing fuses its steps there, and passes
-    over memory are its cost. Also returns 1 / sqrt(mean(x²) + eps).
+PIECE = 2**18  # numbers that are gone through at a time: 1 MB, with its intermediate results in the cache
+
+
+class PiecewiseNorm(torch.autograd.Function):
+    """`rms_norm`, with or without SiLU, for a CPU: nothing fuses its steps there, and passes over memory are its cost.
+
+    It goes through its input in pieces that fit the cache, and keeps only the input for the backward pass.
     """
-    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()  # over more axes at once it is slow
-    squares = squares if axes == (-1,) else squares.sum(axes, keepdim=True)
-    inverse = squares.mul_(1 / math.prod(x.shape[axis] for axis in axes)).add_(eps).rsqrt_()
-    out = (x * inverse).mul_(scale)
-    return F.silu(out, inplace=True) if silu else out, inverse
-
-
-class FewPassNorm(torch.autograd.Function):
-    """`few_pass_norm` with a backward pass of the same kind, which keeps only the input."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, eps: float, silu: bool, axes: tuple[int, ...]) -> Tensor:
-        out, inverse = few_pass_norm(x, scale, eps, silu, axes)
-        ctx.save_for_backward(x, scale, inverse)
         ctx.axes, ctx.silu, ctx.size = axes, silu, math.prod(x.shape[axis] for axis in axes)
+        out, inverse = (
+            torch.empty_like(x),
+            x.new_empty([1 if n in axes or n - x.ndim in axes else x.shape[n] for n in range(x.ndim)]),
+        )
+        for x_, out_, inverse_ in in_cache(axes, x, out, inverse):
+            squares = torch.linalg.vector_norm(x_, dim=-1, keepdim=True).square_()  # over more axes at once it is slow
+            squares = squares if axes == (-1,) else squares.sum(axes, keepdim=True)
+            torch.rsqrt(squares.mul_(1 / ctx.size).add_(eps), out=inverse_)
+            torch.mul(x_, inverse_, out=out_).mul_(scale)
+            if silu:
+                F.silu(out_, inplace=True)
+        ctx.save_for_backward(x, scale, inverse)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, scale, inverse = ctx.saved_tensors
-        normed = x * inverse
-        if ctx.silu:
-            grad = torch.ops.aten.silu_backward(grad, normed * scale)
-        product = grad * normed
-        grad_scale = None
-        if ctx.needs_input_grad[1]:  # to its own shape, `sum_to_size` gives `product` itself, overwritten below
-            grad_scale = product.clone() if product.shape == scale.shape else product.sum_to_size(scale.shape)
-        if not ctx.needs_input_grad[0]:
-            return None, grad_scale, None, None, None
-        along = product.mul_(scale).sum(ctx.axes, keepdim=True).div_(-ctx.size)
-        grad = grad.mul_(scale) if ctx.silu else grad * scale
-        return grad.addcmul_(normed, along).mul_(inverse), grad_scale, None, None, None
+        grad_x, grad_scale = torch.empty_like(x), torch.zeros_like(scale)
+        for grad_, x_, grad_x_, inverse_ in in_cache(ctx.axes, grad, x, grad_x, inverse):
+            normed = x_ * inverse_
+            if ctx.silu:
+                grad_ = torch.ops.aten.silu_backward(grad_, normed * scale)
+            product = grad_ * normed
+            grad_scale += product.sum_to_size(scale.shape)
+            along = product.mul_(scale).sum(ctx.axes, keepdim=True).mul_(-1 / ctx.size)
+            torch.mul(grad_, scale, out=grad_x_).addcmul_(normed, along).mul_(inverse_)
+        return grad_x, grad_scale, None, None, None
+
+
+def in_cache(axes: tuple[int, ...], *tensors: Float[Tensor, "..."]) -> Iterator[tuple[Tensor, ...]]:
+    """Views of all tensors, piece by piece along the first axis that is not among `axes`."""
+    axis, first = int(0 in axes), tensors[0]
+    size = max(1, PIECE * first.shape[axis] // first.numel())
+    yield from zip(*(tensor.split(size, axis) for tensor in tensors), strict=True)
 
 
 class Dense(nn.Module):

@@ -294,19 +294,23 @@ class ImagBehavior(nn.Module):
         start = {key: value.detach().flatten(0, 1) for key, value in post.items()}
         backprop = self.dynamics_share > 0
         with frozen(world_model) if backprop else torch.no_grad():
-            traj = world_model.imagine(
-                start, self._rollout_policy, self.initial(len(start["deter"])), self.imag_horizon, noise
-            )
-        return self.learn(world_model, traj, post, batch)
+            scores = []
+            policy, carry = self._rollout_policy(scores), self.initial(len(start["deter"]))
+            traj = world_model.imagine(start, policy, carry, self.imag_horizon, noise)
+        log_prob, entropy = (torch.stack(steps[:-1], 1) for steps in zip(*scores, strict=True))
+        return self.learn(world_model, traj | {"log_prob": log_prob, "entropy": entropy}, post, batch)
 
     def learn(
         self, world_model: WorldModel, traj: dict[str, Tensor], post: State, batch: dict
     ) -> tuple[Losses, Metrics]:
-        """The losses of a trajectory that was imagined already, for all steps at once (see `loss`)."""
+        """The losses of a trajectory that was imagined already, for all steps at once (see `loss`).
+
+        `traj` is `WorldModel.imagine`'s, and `log_prob`, `entropy` [N, H] of its actions, with gradient to the actor.
+        """
         shape, backprop = batch["reward"].shape, self.dynamics_share > 0
         with frozen(world_model) if backprop else torch.no_grad():
             cont = world_model.cont(traj["feat"]).prob
-        feat, action = traj["feat"].detach(), traj["action"].detach()
+        feat, entropy = traj["feat"].detach(), traj["entropy"]
         weight = self._weight(cont).detach()[:, :-1]
 
         losses, metrics, advantage = {}, {}, 0.0
@@ -329,9 +333,7 @@ class ImagBehavior(nn.Module):
                 losses["repval"] = self._replay_value_loss(stream, world_model, post, batch, boot)
             metrics |= self._stream_metrics(suffix, ret, dist, reward)
 
-        dist = self.actor(feat)
-        entropy = dist.entropy()[:, :-1]
-        objective = self._objective(dist.log_prob(action)[:, :-1], advantage)
+        objective = self._objective(traj["log_prob"], advantage)
         losses["policy"] = -(weight * (objective + self.entropy_scale * entropy)).mean(1).unflatten(0, shape)
         metrics |= {
             "policy/policy_loss": losses["policy"].detach().mean(),
@@ -349,9 +351,26 @@ class ImagBehavior(nn.Module):
         for stream in self.streams.values():
             stream.slow_critic.update(stream.critic)
 
-    def _rollout_policy(self, feat: Tensor, carry: None, is_first: Tensor, noise: Tensor) -> tuple[Tensor, None]:
-        # Gradient reaches the actor through its actions' consequences, not through the states it has looked at.
-        return self.policy(feat.detach(), carry, is_first, noise)
+    def _rollout_policy(self, scores: list[tuple[Tensor, Tensor]]) -> Policy:
+        """The policy in imagination. Its log-probabilities and entropies, with gradient to the actor, join `scores`:
+        the actor is evaluated once per state, to act and to learn.
+        """
+
+        def policy(feat: Tensor, carry: None, is_first: Tensor, noise: Tensor) -> tuple[Tensor, None]:
+            action, *score = self._act_and_score(feat, noise)
+            scores.append(score)
+            return (action if torch.is_grad_enabled() else action.detach()), carry
+
+        return policy
+
+    @torch.enable_grad()
+    def _act_and_score(self, feat: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sampled actions [N, action], their log-probability and the policy's entropy [N].
+
+        Gradient reaches the actor through its actions' consequences, not through the states it has looked at."""
+        dist = self.actor(feat.detach())
+        action = dist.sample(noise)
+        return action, dist.log_prob(action.detach()), dist.entropy()
 
     def _live(self, cont: Tensor, discount: float) -> Tensor:
         """Discount times probability of going on; `cont` already holds the task's discount if `contdisc`."""

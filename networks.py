@@ -200,34 +200,15 @@ def gate_offset(like: Tensor) -> Float[Tensor, "3 1"]:
 
 
 def blend(reset: Tensor, cand: Tensor, update: Tensor, deter: Tensor) -> Tensor:
-    """The gated update of `deter`: u tanh(sigmoid(reset) cand) + (1 - u) deter, with u = sigmoid(update)."""
-    if deter.device.type == "cpu" and not torch.compiler.is_compiling():
-        return FewPassBlend.apply(reset, cand, update, deter)
-    return torch.lerp(deter, torch.tanh(torch.sigmoid(reset) * cand), torch.sigmoid(update))
+    """The gated update of `deter`: u tanh(sigmoid(reset) cand) + (1 - u) deter, with u = sigmoid(update).
 
-
-class FewPassBlend(torch.autograd.Function):
-    """`blend` in place, for a CPU: there tanh takes four times as long as the sigmoid that it can be had from."""
-
-    @staticmethod
-    def forward(ctx, reset: Tensor, cand: Tensor, update: Tensor, deter: Tensor) -> Tensor:
-        reset = torch.sigmoid(reset)
-        new = (reset * cand).mul_(2).sigmoid_().mul_(2).sub_(1)
-        update = torch.sigmoid(update)
-        ctx.save_for_backward(reset, cand, update, new, deter)
-        return torch.lerp(deter, new, update)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        reset, cand, update, new, deter = ctx.saved_tensors
-        grad_new = grad * update
-        grad_deter = grad - grad_new
-        grad_update = (new - deter).mul_(grad_deter).mul_(update)  # u' = u (1 - u), and grad (1 - u) is at hand
-        grad_inner = grad_new.mul_(1 - new.square())
-        grad_cand = grad_inner * reset
-        grad_reset = grad_inner.mul_(cand).mul_(reset.square().neg_().add_(reset))
-        return grad_reset, grad_cand, grad_update, grad_deter
+    Without gradient, reset and update may be overwritten.
+    """
+    if torch.is_grad_enabled() or deter.device.type != "cpu":
+        return torch.lerp(deter, torch.tanh(torch.sigmoid(reset) * cand), torch.sigmoid(update))
+    # In place, and with tanh(x) = 2 sigmoid(2x) - 1: on a CPU `torch.tanh` takes four times as long as a sigmoid.
+    new = reset.sigmoid_().mul_(cand).mul_(2).sigmoid_().mul_(2).sub_(1)
+    return torch.lerp(deter, new, update.sigmoid_())
 
 
 CELLS = {"block_gru": BlockGRU, "gru": GRU}

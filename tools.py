@@ -4,6 +4,7 @@ python tools.py logdir/latest.pt      # what is in a checkpoint
 """
 
 import contextlib
+import ctypes
 import logging
 import math
 import os
@@ -257,6 +258,20 @@ def half_precision(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
     return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep freed memory for the next use, instead of handing it back to the system and having every page
+    faulted in and zeroed again: a tenth of an update on a CPU. Other systems' allocators are left as they are.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 64 * 2**20)
 
 
 def set_threads(n: int) -> None:

@@ -70,6 +70,7 @@ def load(*keys: str) -> Config:
         config = configuration.load(keys)
     tools.seed_everything(config.seed)
     tools.set_threads(config.threads)
+    tools.keep_freed_memory()
     if config.deterministic_run:
         tools.enable_deterministic_run()
     return config
