@@ -5,6 +5,7 @@ gives numpy arrays, for the files. This module alone knows which memory it is; t
 """
 
 import errno
+import itertools
 import mmap
 import sys
 
@@ -13,6 +14,7 @@ import numpy as np
 from errors import UserError
 
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # has a name from Python 3.13 on
+LARGE = 1024  # bytes of a row from which runs of rows are copied as one: several times faster for a window of frames
 STAGED = 512  # rows that wait to be sent to the device, at most
 
 
@@ -41,8 +43,17 @@ class HostRows:
         self.array[rows] = values
 
     def gather(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """[*rows.shape, *shape]; `out` is filled if given."""
-        return self.array.take(rows, axis=0, out=out, mode="clip")  # other modes fill `out` through a copy
+        """[*rows.shape, *shape]; `out` (contiguous) is filled if given."""
+        if self.array[:1].nbytes < LARGE:
+            return self.array.take(rows, axis=0, out=out, mode="clip")  # other modes fill `out` through a copy
+        if out is None:
+            out = np.empty((*rows.shape, *self.array.shape[1:]), self.array.dtype)
+        flat, target = rows.ravel(), out.reshape(-1, *self.array.shape[1:])
+        borders = [0, *(np.flatnonzero(np.diff(flat) != 1) + 1).tolist(), len(flat)]
+        for start, stop in itertools.pairwise(borders):
+            first = int(flat[start])
+            target[start:stop] = self.array[first : first + stop - start]
+        return out
 
     read = gather
 

@@ -18,6 +18,7 @@ import pytest
 from gymnasium import spaces
 
 import replay as module
+import storage
 from replay import Replay, ReplayError, StorageError, infer_spaces, sample_episodes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,8 +102,10 @@ def test_windows_pair_steps_and_cross_episodes():
     assert all(batch[f"present/{key}"].all() for key in SPACES)
 
 
-def test_windows_cross_slots(monkeypatch):
+@pytest.mark.parametrize("large", [1, 10**6], ids=["runs of rows", "single rows"])
+def test_windows_cross_slots(monkeypatch, large):
     monkeypatch.setattr(module, "SLOT", 5)
+    monkeypatch.setattr(storage, "LARGE", large)
     replay = make(length=12)
     lengths = [9] * 12
     fill(replay, lengths, latent=True)
@@ -156,6 +159,29 @@ def test_out_is_filled_in_place_and_batches_are_fresh():
     assert np.array_equal(first["code"], kept) and not (contents(replay)["action"] == 99).any()
     with pytest.raises(ReplayError, match="expected 2"):
         replay.sample(2, out=out)
+
+
+def test_steps_of_all_environments_at_once_are_those_one_by_one():
+    """Also where some are not present, or end; what one cannot store, none stores."""
+    one, all_at_once = make(), make()
+    for t in range(30):
+        steps = [step(stream, t // (9 + stream), t % (9 + stream), t % (9 + stream) == 8 + stream) for stream in (0, 1)]
+        steps[1] |= {"present/image": t % 3 > 0}
+        for stream in (0, 1):
+            one.add(stream, steps[stream], (np.full(6, t), np.full(4, t % 5)))
+        together = {key: np.stack([np.asarray(each.get(key, True)) for each in steps]) for key in steps[1]}
+        all_at_once.add_all(together, (np.full((2, 6), t), np.full((2, 4), t % 5)))
+    for stream in (0, 1):
+        first, second = contents(one, stream), contents(all_at_once, stream)
+        assert all(np.array_equal(value, second[key]) for key, value in first.items())
+    assert one.stats() == all_at_once.stats() and same(one.sample(9), all_at_once.sample(9))
+    together["code"][1, 2] = np.nan
+    together |= {"is_first": np.ones(2, bool)}
+    with pytest.raises(ReplayError, match=r"observation 'code' from stream 1 .*found nan at index \(2,\)"):
+        all_at_once.add_all(together)
+    with pytest.raises(ReplayError, match=r"'code' from all environments: found shape \(3, 3\)"):
+        all_at_once.add_all(together | {"code": np.zeros((3, 3))})
+    assert len(all_at_once) == 60
 
 
 def test_missing_observation_means_not_present(tmp_path):
