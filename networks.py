@@ -368,10 +368,7 @@ class RSSM(nn.Module):
         weights: Weights | None = None,
     ) -> State:
         """Prior after one action. `weights`: the `layout`, if it was made already."""
-        weights = weights or self.layout()
-        prepared = self.core.prepare(bounded(action))
-        deter = self.core.step(state["deter"], flatten_stoch(state), prepared, weights["core"])
-        stats = self.prior(deter)
+        deter, stats = self._expect(state, action, weights or self.layout())
         return {"deter": deter, "stoch": self.draw(stats, noise), **stats}
 
     def layout(self) -> Weights:
@@ -418,6 +415,12 @@ class RSSM(nn.Module):
         deter = self.core.step(state["deter"] * keep, flatten_stoch(state) * keep, action, weights["core"])
         stats = self._stats(self.post_out(self.fusion.step(deter, embed, weights["fusion"])))
         return {"deter": deter, "stoch": self.draw(stats, noise), **stats}
+
+    def _expect(self, state: State, action: Tensor, weights: Weights) -> tuple[Tensor, State]:
+        """One step of the prior, as far as it is not random: `deter` and the statistics of `stoch`."""
+        prepared = self.core.prepare(bounded(action))
+        deter = self.core.step(state["deter"], flatten_stoch(state), prepared, weights["core"])
+        return deter, self.prior(deter)
 
     def _stats(self, out: Float[Tensor, "*b stats"]) -> State:
         if self.discrete:
