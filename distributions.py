@@ -213,9 +213,10 @@ class TwoHot:
     def mode(self) -> Float[Tensor, "*b"]:
         """Expected bin. Mirrored bins' shares are subtracted before weighing: symmetric logits give exactly 0."""
         half = self.bins.shape[0] // 2
-        probs = torch.softmax(self.logits, -1)
+        # Split, not sliced: of a slice that is flipped, torch 2.13 compiles a wrong gradient.
+        low, _, high = torch.softmax(self.logits, -1).split([half, self.bins.shape[0] - 2 * half, half], -1)
         # Not a matrix product: autocast would round values and rewards to half precision.
-        mean = ((probs[..., -half:] - probs[..., :half].flip(-1)) * self.bins[-half:]).sum(-1)
+        mean = ((high - low.flip(-1)) * self.bins[-half:]).sum(-1)
         return symexp(mean) if self.squash else mean
 
     def loss(self, *targets: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:

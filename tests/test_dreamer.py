@@ -813,7 +813,7 @@ def compare_compiled(*flags: str, discrete: bool = False) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "flags, discrete",
-    [("", False), ("--imag_gradient both --critic.slow_target true", True), ("--dyn.discrete 0 --dyn.cell gru", False)],
+    [("", False), ("--imag_gradient dynamics", True), ("--dyn.discrete 0 --dyn.cell gru", False)],
 )
 def test_compiled_steps_give_the_same_numbers(flags, discrete):
     """In a process of its own: compilers do not look through the checking of shapes in these tests' type hints."""
