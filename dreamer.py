@@ -128,12 +128,12 @@ class Dreamer(nn.Module):
         state = self._act(tensors, state, noise, self.snapshot)
         return state["action"].cpu().numpy(), state
 
-    def _act(self, obs: dict[str, Tensor], state: dict, noise: dict, weights: dict) -> dict:
+    def _act(self, obs: dict[str, Tensor], state: dict, noise: dict, layout: tuple[dict, dict]) -> dict:
         """The state that an observation leads to, its action included: tensors in, tensors out."""
         rssm, is_first = self.world_model.rssm, obs["is_first"]
         with self.autocast():
             tokens = self.world_model.encoder(obs)
-            latent = rssm.obs_step(state["latent"], state["action"], tokens, is_first, noise["post"], weights)
+            latent = rssm.obs_step(state["latent"], state["action"], tokens, is_first, noise["post"], layout)
             action, carry = self.behavior.policy(features(latent), state["carry"], is_first, noise["action"])
         latent = {key: latent[key] for key in ("deter", "stoch")}
         return {"latent": latent, "action": action.float(), "carry": carry}

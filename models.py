@@ -125,12 +125,12 @@ class WorldModel(nn.Module):
         """
         state, feats, actions = start, [features(start)], []
         is_first = torch.zeros(len(start["deter"]), dtype=torch.bool, device=start["deter"].device)
-        weights = self.rssm.layout()
+        layout = self.rssm.layout()
         for step in range(horizon + 1):
             action, carry = policy(feats[-1], carry, is_first, noise["action"][step])
             actions.append(action)
             if step < horizon:
-                state = self.rssm.img_step(state, action, noise["prior"][step], weights)
+                state = self.rssm.img_step(state, action, noise["prior"][step], layout)
                 feats.append(features(state))
         return {"feat": torch.stack(feats, 1), "action": torch.stack(actions, 1)}
 

@@ -21,7 +21,8 @@ from modalities import MODALITY_CONFIGS, select
 
 State = dict[str, Tensor]
 Tokens = dict[str, tuple[Tensor, Tensor]]  # kind of observation -> (embedding [*b, size], present [*b])
-Weights = dict  # parameters as the products of a scan read them, by name
+Weights = dict  # parameters as the steps of a scan read them, by name
+Product = tuple[Tensor, Tensor]  # x @ weight + added; in a scan `added` is one step's own (see `late`)
 
 
 class MultiEncoder(nn.Module):
@@ -124,18 +125,24 @@ class BlockGRU(nn.Module):
         self.norms = nn.ModuleList(RMSNorm(deter) for _ in range(layers))
         self.gates = BlockLinear(blocks, block, 3 * block)
 
-    def layout(self) -> Weights:
-        """Weights by name. All blocks see the same results of the dense layers: one product, not one per block."""
-        first, dense = self.hidden[0].weight, (self.from_deter, self.from_stoch, self.from_action)
-        own, shared = first.split([first.shape[2], first.shape[1] - first.shape[2]], 1)
+    def layout(self) -> tuple[dict[str, Product], Weights]:
+        """Products and other weights. All blocks see the same results of the dense layers: one product, not one per
+        block.
+        """
+        first, dense = self.hidden[0], (self.from_deter, self.from_stoch, self.from_action)
+        own, shared = first.weight.split([first.weight.shape[2], first.weight.shape[1] - first.weight.shape[2]], 1)
         gate_bias = self.gates.bias.unflatten(0, (self.blocks, 3, -1)) - gate_offset(self.gates.bias)
-        return {
-            "own": own,
-            "shared": shared.transpose(0, 1).flatten(1),
+        products = {
+            "deter": (self.from_deter.linear.weight.t(), self.from_deter.linear.bias),
+            "stoch": (self.from_stoch.linear.weight.t(), self.from_stoch.linear.bias),
+            "shared": (shared.transpose(0, 1).flatten(1), first.bias),
+            **{f"hidden{n}": (layer.weight, self._blocks(layer.bias)) for n, layer in enumerate(self.hidden) if n},
+            "gates": (self.gates.weight, gate_bias.flatten(1).unsqueeze(1)),
+        }
+        return {name: (half(weight), bias) for name, (weight, bias) in products.items()}, {
+            "own": half(own),
             "dense_scale": torch.stack([layer.norm.scale for layer in dense]),
-            "biases": [layer.bias.unflatten(0, (self.blocks, 1, -1)) for layer in self.hidden[1:]]
-            + [gate_bias.flatten(1).unsqueeze(1)],
-            "scales": [norm.scale.unflatten(0, (self.blocks, 1, -1)) for norm in self.norms],
+            "scales": [self._blocks(norm.scale) for norm in self.norms],
         }
 
     def prepare(self, action: Float[Tensor, "*b action"]) -> Float[Tensor, "*b hidden"]:
@@ -146,20 +153,25 @@ class BlockGRU(nn.Module):
         deter: Float[Tensor, "b deter"],
         stoch: Float[Tensor, "b stoch"],
         prepared: Float[Tensor, "b hidden"],
+        products: dict[str, Product],
         weights: Weights,
-    ) -> Float[Tensor, "b deter"]:
-        inputs = torch.stack([self.from_deter.linear(deter), self.from_stoch.linear(stoch), prepared], 1)
-        shared = rms_norm(inputs, weights["dense_scale"], act=self.act).flatten(1)
-        shared = self._by_block(torch.addmm(self.hidden[0].bias, shared, weights["shared"]))
-        # From here on [blocks, b, width]: what a batched product takes and gives, without a copy in between. Adding in
-        # place is cheaper than `baddbmm`, which copies what it adds first.
+    ) -> tuple[Float[Tensor, "b deter"], dict[str, Tensor]]:
+        """The next `deter`, and what each product was given."""
+        given = {"deter": deter, "stoch": stoch}
+        inputs = torch.stack([product(deter, *products["deter"]), product(stoch, *products["stoch"]), prepared], 1)
+        given["shared"] = rms_norm(inputs, weights["dense_scale"], act=self.act).flatten(1)
+        shared = self._by_block(product(given["shared"], *products["shared"]))
+        # From here on [blocks, b, width]: what a batched product takes and gives, without a copy in between.
         blockwise = self._by_block(deter)
-        x = torch.bmm(blockwise.to(shared.dtype), weights["own"]).add_(shared)
-        layers = [*self.hidden[1:], self.gates]
-        for layer, bias, scale in zip(layers, weights["biases"], weights["scales"], strict=True):
-            x = rms_norm(x, scale, act=self.act, axes=(0, -1))
-            x = torch.bmm(x, layer.weight).add_(bias)
-        return blend(*x.to(deter.dtype).chunk(3, -1), blockwise).transpose(0, 1).flatten(1)
+        x = product(blockwise.to(shared.dtype), weights["own"], shared)
+        names = [*(name for name in products if name.startswith("hidden")), "gates"]
+        for name, scale in zip(names, weights["scales"], strict=True):
+            given[name] = rms_norm(x, scale, act=self.act, axes=(0, -1))
+            x = product(given[name], *products[name])
+        return blend(*x.to(deter.dtype).chunk(3, -1), blockwise).transpose(0, 1).flatten(1), given
+
+    def _blocks(self, vector: Float[Tensor, " size"]) -> Float[Tensor, "blocks 1 own"]:
+        return vector.unflatten(0, (self.blocks, 1, -1))
 
     def _by_block(self, x: Float[Tensor, "b deter"]) -> Float[Tensor, "blocks b own"]:
         return x.unflatten(-1, (self.blocks, -1)).transpose(0, 1)
@@ -176,8 +188,8 @@ class GRU(nn.Module):
         self.gates = Linear(self.mlp.out_size + deter, 3 * deter)
         self.norm = RMSNorm(3 * deter)
 
-    def layout(self) -> Weights:
-        return {}
+    def layout(self) -> tuple[dict[str, Product], Weights]:
+        return {}, {}
 
     def prepare(self, action: Float[Tensor, "*b action"]) -> Float[Tensor, "*b action"]:
         return action
@@ -187,11 +199,60 @@ class GRU(nn.Module):
         deter: Float[Tensor, "b deter"],
         stoch: Float[Tensor, "b stoch"],
         prepared: Float[Tensor, "b action"],
+        products: dict[str, Product],
         weights: Weights,
-    ) -> Float[Tensor, "b deter"]:
+    ) -> tuple[Float[Tensor, "b deter"], dict[str, Tensor]]:
         x = self.mlp(torch.cat([stoch, prepared], -1))
         gates = self.norm(self.gates(torch.cat([x, deter.to(x.dtype)], -1))).to(deter.dtype)
-        return blend(*(gates.unflatten(-1, (3, -1)) - gate_offset(gates)).unbind(-2), deter)
+        return blend(*(gates.unflatten(-1, (3, -1)) - gate_offset(gates)).unbind(-2), deter), {}
+
+
+def half(weight: Tensor) -> Tensor:
+    """A weight in the precision that autocast gives to products: once per scan, not at every step."""
+    kind = weight.device.type
+    return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
+
+
+def product(x: Float[Tensor, "*g b in"], weight: Float[Tensor, "*g in out"], added: Tensor) -> Tensor:
+    """x @ weight + added. Batched, adding in place is cheaper than `baddbmm`, which copies what it adds first."""
+    return torch.addmm(added, x, weight) if x.ndim == 2 else torch.bmm(x, weight).add_(added)
+
+
+class LateGradient(torch.autograd.Function):
+    """Hands on what the steps of a scan add to a product with the same weight, whose gradient is then one product of
+    all steps' inputs and gradients, instead of a small one per step and their sum.
+
+    `given` is the list of what the steps gave the product, filled by the time the backward pass comes here.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, given: list[Tensor], *added: Tensor) -> tuple[Tensor, ...]:
+        ctx.given = given
+        return tuple(x.view_as(x) for x in added)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = torch.cat(grads, -2)
+        inputs = torch.cat(ctx.given, -2).to(grad.dtype)
+        return inputs.transpose(-2, -1) @ grad, None, *grads
+
+
+def late(
+    products: dict[str, Product], batch: int, time: int
+) -> tuple[list[dict[str, Product]], dict[str, list[Tensor]]]:
+    """The products of each of `time` steps, and where what they are given is to be kept: weights get `LateGradient`."""
+    given, steps = {name: [] for name in products}, [{} for _ in range(time)]
+    for name, (weight, added) in products.items():
+        each = added.unbind(1) if added.ndim == 3 and weight.ndim == 2 else _repeated(added, batch, time)
+        for step, own in zip(steps, LateGradient.apply(weight, given[name], *each), strict=True):
+            step[name] = (weight.detach(), own)
+    return steps, given
+
+
+def _repeated(bias: Tensor, batch: int, time: int) -> tuple[Tensor, ...]:
+    """A bias [out] or [blocks, 1, out] for each step: [batch, out] or [blocks, batch, out]."""
+    return bias.expand(time, *bias.shape[:-2], batch, bias.shape[-1]).unbind(0)
 
 
 def gate_offset(like: Tensor) -> Float[Tensor, "3 1"]:
@@ -228,20 +289,15 @@ class ConcatFusion(nn.Module):
         self.first = Dense(deter + sum(sizes.values()), hidden, act)
         self.rest = MLP(hidden, hidden, layers - 1, act)
 
-    def layout(self) -> Weights:
-        """The first layer's weights by what they multiply, once per scan."""
-        deter, embed = self.first.linear.weight.split([self.deter, self.first.linear.in_features - self.deter], 1)
-        return {"deter": deter, "embed": embed}
-
-    def prepare(self, tokens: Tokens, weights: Weights) -> Float[Tensor, "*b hidden"]:
+    def prepare(self, tokens: Tokens) -> Product:
+        """The first layer as a product of `deter`, to which the embeddings' share [*b, hidden] is added."""
+        linear = self.first.linear
+        deter, embedded = linear.weight.split([self.deter, linear.in_features - self.deter], 1)
         embed = torch.cat([embed * present.unsqueeze(-1) for embed, present in tokens.values()], -1)
-        return F.linear(embed, weights["embed"], self.first.linear.bias)
+        return half(deter).t(), F.linear(embed, embedded, linear.bias)
 
-    def step(
-        self, deter: Float[Tensor, "*b deter"], prepared: Float[Tensor, "*b hidden"], weights: Weights
-    ) -> Float[Tensor, "*b hidden"]:
-        x = prepared + F.linear(deter, weights["deter"])
-        return self.rest(self.first.norm(x, self.first.act))
+    def step(self, deter: Float[Tensor, "b deter"], first: Product) -> Float[Tensor, "b hidden"]:
+        return self.rest(self.first.norm(product(deter, *first), self.first.act))
 
 
 class RSSM(nn.Module):
@@ -320,15 +376,23 @@ class RSSM(nn.Module):
             state: latent state before the first step; zeros if not given.
             noise: [b, t, *noise_shape]; without it every latent is the mode.
         """
-        state = state or self.initial(len(is_first))
-        weights = self.layout()
-        inputs = self._inputs(action, tokens, is_first, weights)
-        noises = [None] * is_first.shape[1] if noise is None else noise.unbind(1)
+        batch, time = is_first.shape
+        state = state or self.initial(batch)
+        products, weights = self.layout()
+        inputs = self._inputs(action, is_first)
+        products |= {
+            "fusion": self.fusion.prepare(tokens),
+            "post": (half(self.post_out.weight).t(), self.post_out.bias),
+        }
+        products, given = late(products, batch, time)
+        noises = [None] * time if noise is None else noise.unbind(1)
         step = recomputed(self._obs_step) if self.recompute else self._obs_step
         steps = []
-        for act, embed, keep, noise in zip(*(x.unbind(1) for x in inputs), noises, strict=True):
-            state = step(state, act, embed, keep, noise, weights)
+        for act, keep, noise, own in zip(*(x.unbind(1) for x in inputs), noises, products, strict=True):
+            state, used = step(state, act, keep, noise, own, weights)
             steps.append(state)
+            for name, x in used.items():
+                given[name].append(x.detach())
         post = {key: torch.stack([step[key] for step in steps], 1) for key in steps[0]}
         return post, self.prior(post["deter"])
 
@@ -336,11 +400,11 @@ class RSSM(nn.Module):
         self, action: Float[Tensor, "b t action"], state: State, noise: Float[Tensor, "b t ..."] | None = None
     ) -> State:
         """Open-loop prior states [b, t, ...] after each of the given actions."""
-        weights = self.layout()
+        layout = self.layout()
         noises = [None] * action.shape[1] if noise is None else noise.unbind(1)
         steps = []
         for act, noise in zip(action.unbind(1), noises, strict=True):
-            state = self.img_step(state, act, noise, weights)
+            state = self.img_step(state, act, noise, layout)
             steps.append(state)
         return {key: torch.stack([step[key] for step in steps], 1) for key in steps[0]}
 
@@ -351,31 +415,35 @@ class RSSM(nn.Module):
         tokens: Tokens,
         is_first: Bool[Tensor, " b"],
         noise: Tensor | None = None,
-        weights: Weights | None = None,
+        layout: tuple[dict[str, Product], Weights] | None = None,
     ) -> State:
         """Posterior after one observation: state and previous action are zeroed where `is_first`.
 
-        `weights`: the `layout`, if it was made already.
+        `layout`: that of the current weights, if it was made already.
         """
-        weights = weights or self.layout()
-        return self._obs_step(state, *self._inputs(action, tokens, is_first, weights), noise, weights)
+        products, weights = layout or self.layout()
+        products = products | {
+            "fusion": self.fusion.prepare(tokens),
+            "post": (half(self.post_out.weight).t(), self.post_out.bias),
+        }
+        return self._obs_step(state, *self._inputs(action, is_first), noise, products, weights)[0]
 
     def img_step(
         self,
         state: State,
         action: Float[Tensor, "b action"],
         noise: Tensor | None = None,
-        weights: Weights | None = None,
+        layout: tuple[dict[str, Product], Weights] | None = None,
     ) -> State:
-        """Prior after one action. `weights`: the `layout`, if it was made already."""
-        deter, stats = self._expect(state, action, weights or self.layout())
+        """Prior after one action. `layout`: that of the current weights, if it was made already."""
+        deter, stats = self._expect(state, action, *(layout or self.layout()))
         return {"deter": deter, "stoch": self.draw(stats, noise), **stats}
 
-    def layout(self) -> Weights:
+    def layout(self) -> tuple[dict[str, Product], Weights]:
         """The weights as the steps of a scan read them. Made once per scan: slicing and joining them at every step
         would cost as much as the products do, and again in the backward pass.
         """
-        return {"core": self.core.layout(), "fusion": self.fusion.layout()}
+        return self.core.layout()
 
     def prior(self, deter: Float[Tensor, "*b deter"]) -> State:
         """Statistics of the stochastic state as expected from the deterministic one."""
@@ -400,26 +468,36 @@ class RSSM(nn.Module):
         entropy = self.dist(state).entropy()
         return entropy.sum(-1) if self.discrete else entropy
 
-    def _inputs(
-        self, action: Float[Tensor, "*b action"], tokens: Tokens, is_first: Bool[Tensor, "*b"], weights: Weights
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What does not depend on the state: the shares of the actions and embeddings, and where the state is kept."""
+    def _inputs(self, action: Float[Tensor, "*b action"], is_first: Bool[Tensor, "*b"]) -> tuple[Tensor, Tensor]:
+        """The share of the actions, and where the state is kept [*b, 1]: they do not depend on the state."""
         keep = (~is_first).to(action.dtype).unsqueeze(-1)
-        prepared = self.core.prepare(bounded(action) * keep)
-        return prepared, self.fusion.prepare(tokens, weights["fusion"]), keep
+        return self.core.prepare(bounded(action) * keep), keep
 
     def _obs_step(
-        self, state: State, action: Tensor, embed: Tensor, keep: Tensor, noise: Tensor | None, weights: Weights
-    ) -> State:
-        """One step of the posterior. `action`, `embed` are prepared; the state is zeroed where `keep` [b, 1] is 0."""
-        deter = self.core.step(state["deter"] * keep, flatten_stoch(state) * keep, action, weights["core"])
-        stats = self._stats(self.post_out(self.fusion.step(deter, embed, weights["fusion"])))
-        return {"deter": deter, "stoch": self.draw(stats, noise), **stats}
+        self,
+        state: State,
+        action: Tensor,
+        keep: Tensor,
+        noise: Tensor | None,
+        products: dict[str, Product],
+        weights: Weights,
+    ) -> tuple[State, dict[str, Tensor]]:
+        """One step of the posterior, and what each product was given. `action` is prepared; the state is zeroed where
+        `keep` [b, 1] is 0.
+        """
+        products = dict(products)
+        fusion, out = products.pop("fusion"), products.pop("post")
+        deter, given = self.core.step(state["deter"] * keep, flatten_stoch(state) * keep, action, products, weights)
+        hidden = self.fusion.step(deter, fusion)
+        stats = self._stats(product(hidden, *out))
+        return {"deter": deter, "stoch": self.draw(stats, noise), **stats}, given | {"fusion": deter, "post": hidden}
 
-    def _expect(self, state: State, action: Tensor, weights: Weights) -> tuple[Tensor, State]:
+    def _expect(
+        self, state: State, action: Tensor, products: dict[str, Product], weights: Weights
+    ) -> tuple[Tensor, State]:
         """One step of the prior, as far as it is not random: `deter` and the statistics of `stoch`."""
         prepared = self.core.prepare(bounded(action))
-        deter = self.core.step(state["deter"], flatten_stoch(state), prepared, weights["core"])
+        deter, _ = self.core.step(state["deter"], flatten_stoch(state), prepared, products, weights)
         return deter, self.prior(deter)
 
     def _stats(self, out: Float[Tensor, "*b stats"]) -> State:
