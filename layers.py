@@ -95,7 +95,7 @@ def rms_norm(
         axes: the last one, and others.
     """
     wide = x.to(scale.dtype)
-    large = x.numel() >= PIECE and x.device.type == "cpu"
+    large = x.numel() >= PIECE and x.ndim > 1 and x.device.type == "cpu"
     if large and act in (None, F.silu) and not torch.compiler.is_compiling():
         return PiecewiseNorm.apply(wide, scale, eps, act is F.silu, axes).to(x.dtype)
     out = (wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + eps) * scale).to(x.dtype)

@@ -17,8 +17,8 @@ from layers import (
     BlockLinear,
     Conv,
     Dense,
-    FewPassNorm,
     Linear,
+    PiecewiseNorm,
     RMSNorm,
     ScalarHead,
     in_pieces,
@@ -147,11 +147,11 @@ def test_rms_norm_under_autocast():
         np.testing.assert_allclose(norm(x).detach(), rms_norm(x), rtol=1e-5)
 
 
-# The norm in few passes over memory: (shape of x, shape of the scale, axes of the mean)
+# The norm in pieces: (shape of x, shape of the scale, axes of the mean)
 NORMS = {
     "matrix": ((5, 7), (7,), (-1,)),
-    "sequence": ((2, 3, 5, 7), (7,), (-1,)),
-    "vector, of the scale's own shape": ((7,), (7,), (-1,)),
+    "sequence": ((6, 3, 5, 7), (7,), (-1,)),
+    "one row": ((1, 7), (7,), (-1,)),
     "a scale per row": ((5, 3, 7), (3, 7), (-1,)),
     "one of them": ((1, 3, 7), (3, 7), (-1,)),
     "blocks": ((3, 5, 4), (3, 1, 4), (0, -1)),
@@ -159,6 +159,7 @@ NORMS = {
     "one block": ((1, 5, 4), (1, 1, 4), (0, -1)),
 }
 norms = pytest.mark.parametrize("shape, scale_shape, axes", NORMS.values(), ids=NORMS)
+pieces = pytest.mark.parametrize("pieces", [1, 2, 100])  # about as many, at most one per row
 activated = pytest.mark.parametrize("act", [None, F.silu], ids=["plain", "silu"])
 
 
@@ -189,13 +190,15 @@ def check_norm(found, expected, *inputs, rtol=1e-10, atol=1e-12):
         torch.testing.assert_close(one, two, rtol=100 * rtol, atol=100 * atol)
 
 
+@pieces
 @activated
 @norms
-def test_norm_in_few_passes_against_torch(shape, scale_shape, axes, act):
+def test_norm_in_pieces_against_torch(shape, scale_shape, axes, act, pieces, monkeypatch):
     x, scale = norm_inputs(shape, scale_shape)
+    monkeypatch.setattr(layers, "PIECE", max(1, x.numel() // pieces))
     expected = torch_norm(x, scale, act, axes)
     found = layers.rms_norm(x, scale, act=act, axes=axes)
-    assert type(found.grad_fn).__name__ == "FewPassNormBackward"
+    assert type(found.grad_fn).__name__ == "PiecewiseNormBackward"
     check_norm(found, expected, x, scale)
     with torch.no_grad():
         torch.testing.assert_close(layers.rms_norm(x, scale, act=act, axes=axes), expected, rtol=1e-10, atol=1e-12)
@@ -207,14 +210,16 @@ def test_norm_in_few_passes_against_torch(shape, scale_shape, axes, act):
     )
 
 
+@pieces
 @activated
 @norms
-def test_norm_in_few_passes_gradcheck(shape, scale_shape, axes, act):
+def test_norm_in_pieces_gradcheck(shape, scale_shape, axes, act, pieces, monkeypatch):
+    monkeypatch.setattr(layers, "PIECE", max(1, math.prod(shape) // pieces))
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     scale = (torch.rand(scale_shape, dtype=torch.float64) + 0.5).requires_grad_()
 
     def norm(x, scale):
-        return FewPassNorm.apply(x, scale, 1e-4, act is F.silu, axes)
+        return PiecewiseNorm.apply(x, scale, 1e-4, act is F.silu, axes)
 
     assert torch.autograd.gradcheck(norm, (x, scale))
     assert torch.autograd.gradcheck(lambda x: norm(x, scale.detach()), (x,)), "frozen scale"
@@ -224,7 +229,10 @@ def test_norm_in_few_passes_gradcheck(shape, scale_shape, axes, act):
 
 @activated
 @norms
-def test_norm_in_few_passes_leaves_its_inputs_and_can_be_gone_back_through_twice(shape, scale_shape, axes, act):
+def test_norm_in_pieces_leaves_its_inputs_and_can_be_gone_back_through_twice(
+    shape, scale_shape, axes, act, monkeypatch
+):
+    monkeypatch.setattr(layers, "PIECE", 10)
     x, scale = norm_inputs(shape, scale_shape)
     kept, kept_scale, grad = x.detach().clone(), scale.detach().clone(), torch.randn(shape, dtype=torch.float64)
     kept_grad = grad.clone()
@@ -237,32 +245,35 @@ def test_norm_in_few_passes_leaves_its_inputs_and_can_be_gone_back_through_twice
 @activated
 @norms
 def test_norm_as_it_is_compiled(shape, scale_shape, axes, act, monkeypatch):
-    """Where a compiler or a GPU fuses operations, the norm is written plainly: the same numbers."""
+    """Where a compiler or a GPU fuses operations, or there is little to compute, the norm is written plainly."""
+    monkeypatch.setattr(layers, "PIECE", 1)
     x, scale = norm_inputs(shape, scale_shape)
     few = layers.rms_norm(x, scale, act=act, axes=axes)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     plain = layers.rms_norm(x, scale, act=act, axes=axes)
     assert type(plain.grad_fn) is not type(few.grad_fn)
     check_norm(few, plain, x, scale)
+    check_norm(layers.rms_norm(x, scale, act=act, axes=axes), torch_norm(x, scale, act, axes), x, scale)
 
 
+@pytest.mark.parametrize("piece", [1, 2**18])
 @pytest.mark.parametrize("act", ACTIVATIONS)
-def test_norm_with_any_activation(act):
+def test_norm_with_any_activation(act, piece, monkeypatch):
+    monkeypatch.setattr(layers, "PIECE", piece)
     x, scale = norm_inputs((5, 7), (7,))
     function = ACTIVATIONS[act]
     check_norm(layers.rms_norm(x, scale, act=function), torch_norm(x, scale, function), x, scale)
 
 
 @activated
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("piece", [2**8, 2**18], ids=["pieces", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_norm_of_half_precision(dtype, compiled, act, monkeypatch):
+def test_norm_of_half_precision(dtype, piece, act, monkeypatch):
     """float32 inside, gradients included; what comes out, and the input's gradient, are rounded."""
     x, scale = norm_inputs((64, 48), (48,), torch.float32)
     x = (x.detach().clamp(min=-100, max=100) + 0.5).to(dtype).requires_grad_()
     weight = torch.randn(64, 48)
-    if compiled:
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(layers, "PIECE", piece)
     found = layers.rms_norm(x, scale, act=act)
     expected = torch_norm(x.double(), scale.double(), act)
     assert found.dtype == dtype

@@ -486,15 +486,22 @@ def test_losses_in_two_parts_are_those_in_one(imag_gradient):
     losses, parts_metrics = world.score(post, prior, batch)
     start = {key: post[key].detach().flatten(0, 1) for key in ("deter", "stoch")}
     with frozen(world) if imag_gradient == "both" else torch.no_grad():
-        traj = world.imagine(start, behavior._rollout_policy, behavior.initial(B * T), H, noise)
+        traj = world.imagine(start, behavior._rollout_policy([]), behavior.initial(B * T), H, noise)
+    dist = behavior.actor(traj["feat"][:, :-1].detach())  # evaluated again, for all steps at once
+    traj |= {"log_prob": dist.log_prob(traj["action"][:, :-1].detach()), "entropy": dist.entropy()}
     more, more_parts_metrics = behavior.learn(world, traj, post, batch)
     parts = losses | more
-    assert parts.keys() == whole.keys() and all(torch.equal(parts[key], whole[key]) for key in whole)
     grads = gradients(parts)
-    assert grads.keys() == whole_grads.keys() and len(grads) > 40
-    assert all(torch.equal(grads[name], whole_grads[name]) for name in grads)
-    for one, two in ((metrics, parts_metrics), (more_metrics, more_parts_metrics)):
-        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert len(grads) > 40
+    for one, two in (
+        (parts, whole),
+        (grads, whole_grads),
+        (parts_metrics, metrics),
+        (more_parts_metrics, more_metrics),
+    ):
+        assert one.keys() == two.keys()
+        for key in one:
+            torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-6, msg=key)
 
 
 def test_imagination_has_one_more_state_and_action_than_steps():
@@ -741,7 +748,7 @@ def test_reinforce_gradient_is_that_of_the_log_probabilities():
     losses["policy"].mean().backward()
     start = {key: value.detach().flatten(0, 1) for key, value in inputs[0].items()}
     with torch.no_grad():
-        traj = world.imagine(start, behavior._rollout_policy, None, H, inputs[2])
+        traj = world.imagine(start, behavior._rollout_policy([]), None, H, inputs[2])
         factor = -losses["policy"].flatten()  # weighted mean of log π times advantage, at the weights as they are
         base = behavior.actor(traj["feat"]).log_prob(traj["action"])[:, :-1]
         cont = world.cont(traj["feat"]).prob
@@ -820,9 +827,23 @@ def test_dynamics_gradient_against_finite_differences(double, slow_target):
 
 def test_dynamics_gradient_goes_through_actions_not_through_what_the_policy_saw():
     behavior, feat = make_behavior(3), torch.randn(4, 3, requires_grad=True)
-    action, _ = behavior._rollout_policy(feat, None, torch.zeros(4, dtype=torch.bool), torch.zeros(4, A))
+    scores = []
+    policy = behavior._rollout_policy(scores)
+    action, _ = policy(feat, None, torch.zeros(4, dtype=torch.bool), torch.zeros(4, A))
     assert action.requires_grad
-    assert torch.autograd.grad(action.sum(), feat, allow_unused=True)[0] is None
+    for value in (action, *scores[0]):
+        assert torch.autograd.grad(value.sum(), feat, allow_unused=True, retain_graph=True)[0] is None
+    # What is scored is the action that was taken, and the log-probability does not move it.
+    dist = behavior.actor(feat.detach())
+    assert torch.equal(scores[0][0], dist.log_prob(action)) and torch.equal(scores[0][1], dist.entropy())
+    found, moved = (
+        torch.autograd.grad(log_prob.sum(), behavior.actor.mean.bias)[0]
+        for log_prob in (scores[0][0], dist.log_prob(action.detach()))
+    )
+    assert torch.equal(found, moved)
+    with torch.no_grad():
+        action, _ = policy(feat, None, torch.zeros(4, dtype=torch.bool), torch.zeros(4, A))
+    assert not action.requires_grad and all(value.requires_grad for value in scores[1])
 
 
 @pytest.mark.parametrize("classes", [(), (A,)], ids=["continuous", "discrete"])
