@@ -55,12 +55,9 @@ run() { # run NAME SECONDS COMMAND...
 
 FIGURES='"(median_s|first_s|share|peak_bytes|busy|frames_per_s|updates_per_s|within|largest|went_on|slope)": [^],}]+'
 
-modes() { # every way to run an update that the configuration knows, as flags
-  "$PYTHON" -c '
-import config
-key = "run" if "run" in config.load([]) else "compile"
-values = [v for v in config.CHOICES.get(key, ("false", "true")) if v != "auto"]
-print(*(f"--{key}={value}" for value in values))'
+modes() { # every way to run an update, as flags joined by commas: the fastest is expected last
+  echo --compile=false --compile=true
+  [[ $DEVICE != cuda* ]] || echo --graph=true --compile=true,--graph=true
 }
 
 renders() { # whether DM Control is there and can render; the reason is printed if not
@@ -88,14 +85,14 @@ table() {
   local mode obs reason common=("${device[@]}" "${tiny[@]}" "${few[@]}")
   for obs in vision proprio; do
     for mode in $MODES; do
-      run "update-$obs${mode/--/-}" 150 "$PYTHON" benchmarks/train_step.py --obs $obs "$mode" "${common[@]}"
+      run "update-$obs${mode//[,-]/}" 150 "$PYTHON" benchmarks/train_step.py --obs $obs ${mode//,/ } "${common[@]}"
     done
     run "phases-$obs" 60 "$PYTHON" benchmarks/train_step.py --obs $obs --phases "${common[@]}"
-    run "policy-$obs" 90 "$PYTHON" benchmarks/policy.py --obs $obs "$BEST" "${common[@]}"
+    run "policy-$obs" 90 "$PYTHON" benchmarks/policy.py --obs $obs "${best[@]}" "${common[@]}"
   done
-  run update-size200m 200 "$PYTHON" benchmarks/train_step.py "$BEST" "${device[@]}" "${few[@]}" "${tiny[@]:---size=size200m}"
+  run update-size200m 200 "$PYTHON" benchmarks/train_step.py "${best[@]}" "${device[@]}" "${few[@]}" "${tiny[@]:---size=size200m}"
   if reason=$(renders); then
-    run training 200 "$PYTHON" benchmarks/training.py "${walker[@]}" "$BEST" "${device[@]}" "${span[@]}"
+    run training 200 "$PYTHON" benchmarks/training.py "${walker[@]}" "${best[@]}" "${device[@]}" "${span[@]}"
   else
     say training "skipped: $reason"
   fi
@@ -106,7 +103,7 @@ train() {
   local reason logdir
   logdir=$OUT/walker-$(date +%Y%m%d-%H%M%S)
   if reason=$(renders); then
-    run train 530 "$PYTHON" benchmarks/resume.py --seconds "$HALF" --logdir "$logdir" -- "${walker[@]}" "$BEST" "${device[@]}"
+    run train 530 "$PYTHON" benchmarks/resume.py --seconds "$HALF" --logdir "$logdir" -- "${walker[@]}" "${best[@]}" "${device[@]}"
   else
     say train "skipped: $reason"
   fi
@@ -124,8 +121,9 @@ if [[ $DEVICE == cuda* ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not tor
   echo "torch sees no CUDA device. The rehearsal on a CPU: DEVICE=cpu QUICK=1 $0 all"
   exit 1
 fi
-MODES=${MODES:-$(modes)}
+MODES=${MODES:-$(modes | xargs)}
 BEST=${BEST:-${MODES##* }} # the last one named, for what is measured in one mode only
+best=(${BEST//,/ })
 device=(--device "$DEVICE")
 walker=(--configs dmc_vision --task dmc_walker_walk --envs 16 --train_ratio 512)
 few=(--repeats 20 --warmup 5) tiny=() span=(--frames 4000 --seconds 120) stored=(1e4 1e5 1e6)
