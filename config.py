@@ -135,7 +135,7 @@ NULLABLE = {
 # Keys that may differ between a run and its continuation: they change neither what is learned nor what is stored.
 FREE = (
     *("mode", "checkpoint", "episodes", "logdir", "force", "steps"),
-    *("device", "precision", "compile", "threads", "deterministic_run"),
+    *("device", "precision", "compile", "graph", "checkpointing", "threads", "deterministic_run"),
     *("envs", "eval_envs", "parallel", "dataset_size", "replay_device", "evaldir", "offline_evaldir"),
     *("log_every", "eval_every", "eval_episode_num", "eval_sample", "save_every", "video_pred_log"),
     *("tensorboard", "wandb", "wandb_project", "log_level"),

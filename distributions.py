@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["symlog", "symexp", "symexp_bins", "OneHot", "Joint", "Normal", "SquaredError", "TwoHot", "Bernoulli"]
+__all__ = ["symlog", "symexp", "symexp_bins", "one_hot"]
+__all__ += ["OneHot", "Joint", "Normal", "SquaredError", "TwoHot", "Bernoulli"]
 
 
 def symlog(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
@@ -32,6 +33,11 @@ def softmax(logits: Float[Tensor, "*b classes"], few: int = 8) -> Float[Tensor, 
     if logits.shape[-1] > few or logits.device.type != "cpu":
         return torch.softmax(logits, -1)
     return torch.softmax(logits.movedim(-1, 0).contiguous(), 0).movedim(0, -1)
+
+
+def one_hot(index: Int[Tensor, "*b"], classes: int, dtype: torch.dtype) -> Float[Tensor, "*b classes"]:
+    """A row lookup: a fraction of the time of `F.one_hot`, which goes through int64 and, on a CPU, reads its input."""
+    return F.embedding(index, torch.eye(classes, dtype=dtype, device=index.device))
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -96,9 +102,7 @@ class OneHot:
         return copy
 
     def _one_hot(self, scores: Tensor) -> Tensor:
-        # A row lookup: a fraction of the time of `F.one_hot`, which goes through int64.
-        eye = torch.eye(scores.shape[-1], dtype=self.probs.dtype, device=scores.device)
-        return F.embedding(scores.max(-1).indices, eye)
+        return one_hot(scores.max(-1).indices, scores.shape[-1], self.probs.dtype)
 
 
 class StraightThrough(torch.autograd.Function):

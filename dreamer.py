@@ -58,6 +58,8 @@ class Dreamer(nn.Module):
     def __init__(self, obs_space: dict, act_space: Space, config: Config, device: torch.device | str = "cpu"):
         super().__init__()
         self.device = torch.device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # streams, events and graphs belong to the current one
         self.action_size, self.classes = vector.width(act_space), vector.classes(act_space)
         shared = {"horizon": config.horizon, "contdisc": config.contdisc}
         sections = ("encoder", "decoder", "dyn", "reward_head", "cont_head", "kl_free", "grad_heads", "checkpointing")
@@ -124,7 +126,8 @@ class Dreamer(nn.Module):
         noise = {"post": self._latent_noise(len(obs["is_first"]), generator=generator)}
         noise["action"] = self._action_noise(len(obs["is_first"]), generator=generator) if sample else None
         if self.snapshot is None:
-            self.snapshot = self.world_model.rssm.layout()
+            with self.autocast():
+                self.snapshot = self.world_model.rssm.layout()
         state = self._act(tensors, state, noise, self.snapshot)
         return state["action"].cpu().numpy(), state
 
@@ -605,7 +608,7 @@ class Trainer:
             self.replay.flush()
         if self.eval_replay is not None and self.config.offline_evaldir is None:
             self.eval_replay.flush()
-        if int(self.agent.optimizer.bad):
+        if int(self.agent.optimizer.bad) and not self.agent.optimizer.scaled:  # there overflows now and then are normal
             log.warning("The latest updates were not finite: no checkpoint is written, an earlier one is kept.")
             return False
         if self.offline:
@@ -737,7 +740,7 @@ def evaluate_checkpoint(config: Config) -> None:
     path = Path(config.checkpoint or Path(resolve_paths(config).logdir) / "latest.pt")
     device = tools.pick_device(config.device)
     state = load_run(path)
-    own = ("mode", "checkpoint", "episodes", "seed", "device", "precision", "compile", "threads")
+    own = ("mode", "checkpoint", "episodes", "seed", "device", "precision", "compile", "graph", "threads")
     own += ("eval_sample", "eval_envs", "parallel")
     if state["config"]["task"] == "none":  # trained on recorded episodes alone: the command line says where to play
         own += ("task",)

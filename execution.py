@@ -4,8 +4,8 @@ The agent's steps are functions of tensors of static shapes, with every random n
 same numbers; model code does not know which it is. What each is worth is measured in docs/performance.md.
 """
 
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,37 +30,42 @@ def prepare(agent, compile: bool = False, graph: bool = False) -> None:
     if graph:
         if agent.device.type != "cuda":
             raise UserError(f"graph: true captures CUDA graphs, and the device is {agent.device}: use --graph false")
-        agent._update, agent._act = Captured(agent._update), Captured(agent._act)
+        # What acting returns is carried on by its caller, while others act too; an update's results are read at once.
+        agent._update, agent._act = Captured(agent._update), Captured(agent._act, copies=True)
 
 
 class Captured:
     """A function of (nested dicts of) tensors, run as a CUDA graph: one launch instead of thousands.
 
-    For every signature (structure, shapes, types) the first calls run as written, on a side stream, so that kernels are
-    compiled and workspaces exist; then the function is captured, once. From then on a call copies its inputs over the
-    captured ones and replays. The outputs are the same tensors every time: what is to be kept is copied, in this
-    stream, before the next call. The function must not read the device and must not draw random numbers.
+    For every signature (structure, shapes, types) there is one set of input tensors, which each call writes over. The
+    first calls then run as written, on a side stream, so that kernels are compiled and workspaces exist; after them the
+    function is captured, once, and every later call replays. The function must not read the device and must not draw
+    random numbers.
+
+    Args:
+        copies: return copies of the outputs; otherwise they are the same tensors every time, and what is to be kept is
+            copied, in this stream, before the next call.
     """
 
-    def __init__(self, function: Callable, warmup: int = 3):
-        self.function, self.warmup = function, warmup
-        self.calls: Counter = Counter()
-        self.captured: dict[tuple, tuple] = {}
+    def __init__(self, function: Callable, warmup: int = 3, copies: bool = False):
+        self.function, self.warmup, self.copies = function, warmup, copies
+        self.signatures: dict[tuple, Signature] = {}
 
     def __call__(self, *inputs: Any) -> Any:
         found = list(leaves(inputs))
-        signature = tuple(
-            (path, leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else (path, leaf) for path, leaf in found
-        )
-        if signature not in self.captured:
-            self.calls[signature] += 1
-            if self.calls[signature] <= self.warmup:
-                return self.warm_up(inputs)
-            self.captured[signature] = self.capture(inputs)
-        replay, static, outputs = self.captured[signature]
+        signature = tuple((path, x.shape, x.dtype) if isinstance(x, Tensor) else (path, x) for path, x in found)
+        if signature not in self.signatures:
+            self.signatures[signature] = Signature(mapped(inputs, torch.clone))
+        state = self.signatures[signature]
+        static = [leaf for _, leaf in leaves(state.inputs) if isinstance(leaf, Tensor)]
         torch._foreach_copy_(static, [leaf for _, leaf in found if isinstance(leaf, Tensor)])
-        replay()
-        return outputs
+        if state.calls < self.warmup:
+            state.calls += 1
+            return self.warm_up(state.inputs)
+        if state.replay is None:
+            state.replay, state.outputs = self.capture(state.inputs)
+        state.replay()
+        return mapped(state.outputs, torch.clone) if self.copies else state.outputs
 
     def warm_up(self, inputs: tuple) -> Any:
         side = torch.cuda.Stream()
@@ -70,13 +75,22 @@ class Captured:
         torch.cuda.current_stream().wait_stream(side)
         return outputs
 
-    def capture(self, inputs: tuple) -> tuple[Callable[[], None], list[Tensor], Any]:
-        """How to replay, the tensors that it reads, the tensors that it writes. Capturing itself computes nothing."""
-        static = mapped(inputs, torch.clone)
+    def capture(self, inputs: tuple) -> tuple[Callable[[], None], Any]:
+        """How to replay, and what that writes over. Capturing itself computes nothing."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            outputs = self.function(*static)
-        return graph.replay, [leaf for _, leaf in leaves(static) if isinstance(leaf, Tensor)], outputs
+            outputs = self.function(*inputs)
+        return graph.replay, outputs
+
+
+@dataclass
+class Signature:
+    """One way that a captured function is called."""
+
+    inputs: tuple
+    calls: int = 0
+    replay: Callable[[], None] | None = None
+    outputs: Any = None
 
 
 def leaves(tree: Any, path: tuple = ()):

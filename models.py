@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from distributions import one_hot
+from errors import UserError
 from layers import Actor, BinaryHead, ScalarHead
 from networks import RSSM, MultiDecoder, MultiEncoder, State, features
 from returns import ReturnNormalizer, SlowTarget, lambda_return
@@ -105,7 +107,7 @@ class WorldModel(nn.Module):
         """Latents as stored (half precision, class indices) to a state."""
         dtype = self.rssm.post_out.weight.dtype
         if self.rssm.discrete:
-            stoch = F.embedding(stoch.long(), torch.eye(self.rssm.discrete, device=stoch.device))
+            stoch = one_hot(stoch.long(), self.rssm.discrete, dtype)
         return {"deter": deter.to(dtype), "stoch": stoch.to(dtype)}
 
     def pack(self, state: State) -> tuple[Tensor, Tensor]:
@@ -253,6 +255,10 @@ class ImagBehavior(nn.Module):
         self.entropy_scale = actor.pop("entropy")
         self.actor = Actor(feat_size, action_size, classes, **actor)
         self.discount, self.contdisc, self.lam = 1 - 1 / horizon, contdisc, discount_lambda
+        if imag_last == 1:
+            raise UserError(
+                "imag_last: 1 leaves no transition for the replay value loss; expected 0 (all) or at least 2."
+            )
         self.imag_horizon, self.imag_last = imag_horizon, imag_last
         self.dynamics_share = {"reinforce": 0.0, "dynamics": 1.0, "both": imag_gradient_mix}[imag_gradient]
         self.streams = nn.ModuleDict(

@@ -227,14 +227,13 @@ class LateGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight: Tensor, given: list[Tensor], *added: Tensor) -> tuple[Tensor, ...]:
-        ctx.given = given
+        ctx.given, ctx.dtype = given, weight.dtype
         return tuple(x.view_as(x) for x in added)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = torch.cat(grads, -2)
-        inputs = torch.cat(ctx.given, -2).to(grad.dtype)
+        grad, inputs = (torch.cat(steps, -2).to(ctx.dtype) for steps in (grads, ctx.given))
         return inputs.transpose(-2, -1) @ grad, None, *grads
 
 
@@ -289,12 +288,15 @@ class ConcatFusion(nn.Module):
         self.first = Dense(deter + sum(sizes.values()), hidden, act)
         self.rest = MLP(hidden, hidden, layers - 1, act)
 
-    def prepare(self, tokens: Tokens) -> Product:
+    def layout(self) -> Weights:
+        """The first layer's weights by what they multiply."""
+        deter, embed = self.first.linear.weight.split([self.deter, self.first.linear.in_features - self.deter], 1)
+        return {"fusion_deter": half(deter).t(), "fusion_embed": half(embed)}
+
+    def prepare(self, tokens: Tokens, weights: Weights) -> Product:
         """The first layer as a product of `deter`, to which the embeddings' share [*b, hidden] is added."""
-        linear = self.first.linear
-        deter, embedded = linear.weight.split([self.deter, linear.in_features - self.deter], 1)
         embed = torch.cat([embed * present.unsqueeze(-1) for embed, present in tokens.values()], -1)
-        return half(deter).t(), F.linear(embed, embedded, linear.bias)
+        return weights["fusion_deter"], F.linear(embed, weights["fusion_embed"], self.first.linear.bias)
 
     def step(self, deter: Float[Tensor, "b deter"], first: Product) -> Float[Tensor, "b hidden"]:
         return self.rest(self.first.norm(product(deter, *first), self.first.act))
@@ -311,7 +313,8 @@ class RSSM(nn.Module):
             `min_std`.
         obs_layers, img_layers, dyn_layers: hidden layers of posterior, prior and recurrence.
         unimix_ratio: share of the uniform distribution in every categorical.
-        recompute: keep the states of a scan but not its activations, which the backward pass computes again.
+        recompute: keep the states of a scan and what its products are given, but no other activations, which the
+            backward pass computes again.
     """
 
     def __init__(
@@ -380,11 +383,7 @@ class RSSM(nn.Module):
         state = state or self.initial(batch)
         products, weights = self.layout()
         inputs = self._inputs(action, is_first)
-        products |= {
-            "fusion": self.fusion.prepare(tokens),
-            "post": (half(self.post_out.weight).t(), self.post_out.bias),
-        }
-        products, given = late(products, batch, time)
+        products, given = late(products | {"fusion": self.fusion.prepare(tokens, weights)}, batch, time)
         noises = [None] * time if noise is None else noise.unbind(1)
         step = recomputed(self._obs_step) if self.recompute else self._obs_step
         steps = []
@@ -422,10 +421,7 @@ class RSSM(nn.Module):
         `layout`: that of the current weights, if it was made already.
         """
         products, weights = layout or self.layout()
-        products = products | {
-            "fusion": self.fusion.prepare(tokens),
-            "post": (half(self.post_out.weight).t(), self.post_out.bias),
-        }
+        products = products | {"fusion": self.fusion.prepare(tokens, weights)}
         return self._obs_step(state, *self._inputs(action, is_first), noise, products, weights)[0]
 
     def img_step(
@@ -443,7 +439,9 @@ class RSSM(nn.Module):
         """The weights as the steps of a scan read them. Made once per scan: slicing and joining them at every step
         would cost as much as the products do, and again in the backward pass.
         """
-        return self.core.layout()
+        products, weights = self.core.layout()
+        products["post"] = (half(self.post_out.weight).t(), self.post_out.bias)
+        return products, weights | self.fusion.layout()
 
     def prior(self, deter: Float[Tensor, "*b deter"]) -> State:
         """Statistics of the stochastic state as expected from the deterministic one."""

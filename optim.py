@@ -159,8 +159,7 @@ class Optimizer:
             "updates": self.updates.clone(),
             "bad": self.bad.clone(),
             "bad_total": self.bad_total.clone(),
-            "scale": self.scale.clone(),
-            "good": self.good.clone(),
+            **({"scale": self.scale.clone(), "good": self.good.clone()} if self.scaled else {}),
             "groups": {
                 key: {"lr": g.lr.clone(), "first": named(g, g.first), "second": named(g, g.second)}
                 for key, g in self.groups.items()

@@ -268,7 +268,7 @@ class Replay:
     read_only: never write to the directory; damaged files are skipped and counted.
     frames: where images (uint8 [H, W, C]) are kept, `frames(rows, shape, dtype)`: `storage.HostRows`, or DeviceRows on
         some device; batches then hold tensors there.
-    Raises StoreError where memory lacks; ReplayError where files in the directory do not fit the spaces, or the
+    Raises ReplayMemoryError where memory lacks; ReplayError where files in the directory do not fit the spaces, or the
     capacity is too small.
     """
 

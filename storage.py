@@ -18,7 +18,7 @@ LARGE = 1024  # bytes of a row from which runs of rows are copied as one: severa
 STAGED = 512  # rows that wait to be sent to the device, at most
 
 
-class StoreError(UserError):
+class ReplayMemoryError(UserError):
     """There is not enough memory for what was asked for."""
 
 
@@ -36,7 +36,7 @@ class HostRows:
         except OSError as error:
             if error.errno != errno.ENOMEM:
                 raise
-            raise StoreError(_too_large(rows, size, "RAM") + "lower dataset_size.") from error
+            raise ReplayMemoryError(_too_large(rows, size, "RAM") + "lower dataset_size.") from error
         self.array = np.ndarray((rows, *shape), dtype, buffer=pages)  # of zeros
 
     def write(self, rows: np.ndarray | slice, values: np.ndarray) -> None:
@@ -81,7 +81,7 @@ class DeviceRows:
             if "memory" not in str(error).lower():
                 raise
             advice = "lower dataset_size, or keep the frames in RAM (replay_device: cpu)."
-            raise StoreError(_too_large(rows, size, f"memory of {self.device}") + advice) from error
+            raise ReplayMemoryError(_too_large(rows, size, f"memory of {self.device}") + advice) from error
         self._staged: dict[int, np.ndarray] = {}  # row -> its latest value
 
     def write(self, rows: np.ndarray | slice, values: np.ndarray) -> None:

@@ -108,7 +108,7 @@ class Learner(Trainer):
         self.agent = Dreamer(self.obs_space, self.act_space, config, self.device)
         stored = max(stored, 4 * STREAMS * (config.batch_length + 1))
         options = self._replay_options(config.seed)
-        self.replay = Replay(None, capacity=2 * stored, streams=STREAMS, **options)
+        self.replay = Replay(None, capacity=2 * stored, streams=STREAMS, frames=self._frames(), **options)
         fill(self.replay, self.obs_space, stored, np.random.default_rng(config.seed))
         self.logdir, self.updates, self.pending, self.metrics = Path(), 0, None, tools.Metrics()
         self._wait = waiter(self.device)
@@ -172,7 +172,7 @@ def facts(bench: str, args: argparse.Namespace, agent: Dreamer) -> dict:
         "machine": machine(device),
         "torch": torch.__version__,
         "precision": precision(config, device),
-        "compile": config.get("run", config.get("compile")),
+        **{key: config[key] for key in ("compile", "graph", "checkpointing")},
         "threads": torch.get_num_threads(),
         "params": parameters(agent),
     }

@@ -133,7 +133,7 @@ def report(watch: Watch, config: common.Config) -> dict:
         "machine": machine(device),
         "torch": torch.__version__,
         "precision": common.precision(config, device),
-        "compile": config.get("run", config.get("compile")),
+        **{key: config[key] for key in ("compile", "graph", "checkpointing")},
         "threads": torch.get_num_threads(),
         "params": common.parameters(agent),
         "envs": config.envs,

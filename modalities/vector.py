@@ -6,12 +6,11 @@ predicts every key: numbers by the squared error in symlog space, discrete entri
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from gymnasium import spaces as gs
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from distributions import Joint, Normal, OneHot, SquaredError, symlog
+from distributions import Joint, Normal, OneHot, SquaredError, one_hot, symlog
 from layers import MLP, Linear
 
 from . import image
@@ -46,9 +45,7 @@ def as_vector(value: Shaped[Tensor, "..."], space: gs.Space, symlogged: bool) ->
     if sizes:
         index = value.long()
         starts = np.broadcast_to(np.asarray(getattr(space, "start", 0)).reshape(-1), len(sizes)).tolist()
-        # Rows of unit matrices: `F.one_hot` looks at the largest index on the host, and goes through int64.
-        units = [torch.eye(n, dtype=torch.float32, device=value.device) for n in sizes]
-        return torch.cat([F.embedding(index[..., i] - starts[i], unit) for i, unit in enumerate(units)], -1)
+        return torch.cat([one_hot(index[..., i] - starts[i], n, torch.float32) for i, n in enumerate(sizes)], -1)
     value = value if value.is_floating_point() else value.float()
     return symlog(value) if symlogged else value
 

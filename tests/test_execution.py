@@ -29,8 +29,8 @@ def make(*flags: str) -> Dreamer:
     return agent
 
 
-def make_batch(agent: Dreamer) -> dict:
-    rng = np.random.default_rng(0)
+def make_batch(agent: Dreamer, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
     rssm = agent.world_model.rssm
     batch = {
         "image": rng.integers(0, 256, (B, T, 16, 16, 3), dtype=np.uint8),
@@ -153,16 +153,15 @@ class OnCPU(Captured):
 
     def capture(self, inputs):
         self.captures += 1
-        static = execution.mapped(inputs, torch.clone)
-        outputs = execution.mapped(self.function(*static), torch.zeros_like)
+        outputs = execution.mapped(self.function(*inputs), torch.zeros_like)
 
         def replay():
-            new = self.function(*static)
+            new = self.function(*inputs)
             for (_, old), (_, value) in zip(execution.leaves(outputs), execution.leaves(new), strict=True):
                 if isinstance(old, torch.Tensor):
                     old.copy_(value)
 
-        return replay, [leaf for _, leaf in execution.leaves(static) if isinstance(leaf, torch.Tensor)], outputs
+        return replay, outputs
 
 
 def test_captured_copies_inputs_and_reuses_outputs():
@@ -195,21 +194,41 @@ def test_captured_keeps_signatures_apart():
 
 def test_captured_updates_and_acting_equal_plain_ones():
     plain, graph = make(), make()
-    graph._update, graph._act = OnCPU(graph._update, warmup=1), OnCPU(graph._act, warmup=1)
+    graph._update, graph._act = OnCPU(graph._update, warmup=1), OnCPU(graph._act, warmup=1, copies=True)
     graph._update.capture = once_without_effect(graph, graph._update)
-    obs = {"image": np.zeros((2, 16, 16, 3), np.uint8), "vector": np.ones((2, 5), np.float32)}
-    obs |= {"is_first": np.zeros(2, bool), "reward": np.zeros(2, np.float32)}
-    states = {agent: agent.initial(2) for agent in (plain, graph)}
-    for _ in range(4):
-        batch = make_batch(plain)
+    states = {agent: [agent.initial(2), agent.initial(2)] for agent in (plain, graph)}
+    for turn in range(4):
+        batch = make_batch(plain, seed=turn)
         (expected, latents), (found, copies) = plain.train_step(batch), graph.train_step(batch)
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
         torch.testing.assert_close(copies, latents, rtol=0, atol=0)
-        actions = []
-        for agent in (plain, graph):
-            action, states[agent] = agent.policy(obs, states[agent])
-            actions.append(action)
-        np.testing.assert_array_equal(*actions)
+        rng = np.random.default_rng(turn)
+        for which in range(2):  # two that act in turn with states of the same size, as training and evaluation do
+            obs = {"image": rng.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8), "reward": np.zeros(2, np.float32)}
+            obs |= {"vector": rng.normal(size=(2, 5)).astype(np.float32), "is_first": rng.random(2) < 0.2}
+            actions = []
+            for agent in (plain, graph):
+                action, states[agent][which] = agent.policy(obs, states[agent][which])
+                actions.append(action)
+            np.testing.assert_array_equal(*actions)
+    assert graph._update.captures == 1 and graph._act.captures == 1
+
+
+def test_nothing_is_compiled_any_more_when_a_graph_is_captured():
+    """Compiling reads the device, which a capture does not survive."""
+    compiled, counts = [], []
+
+    def backend(module, inputs):
+        compiled.append(module)
+        return module.forward
+
+    captured = OnCPU(torch.compile(lambda tree: tree["x"] @ tree["weight"] + tree["bias"], backend=backend), warmup=2)
+    weight = torch.nn.Parameter(torch.randn(4, 3))  # laid out as a parameter's view, as the policy's weights are
+    for _ in range(4):
+        with torch.inference_mode():
+            captured({"x": torch.ones(2, 3), "weight": weight.t(), "bias": torch.zeros(1, 4).expand(2, 4)})
+        counts.append(len(compiled))
+    assert counts[1] == counts[3] > 0
 
 
 def once_without_effect(agent, captured):
@@ -226,6 +245,44 @@ def once_without_effect(agent, captured):
         return out
 
     return wrapped
+
+
+def test_late_gradients_are_computed_in_the_precision_of_the_products():
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+                seen.append({x.dtype for x in args})
+            return function(*args, **(kwargs or {}))
+
+    agent = make("--precision", "bfloat16")
+    losses, _, _ = agent.losses(make_batch(agent))
+    with Watch():
+        agent.optimizer.backward(sum(loss.mean() for loss in losses.values()))
+    assert len(seen) > 50 and all(dtypes == {torch.bfloat16} for dtypes in seen)
+    agent.policy(
+        {
+            "image": np.zeros((1, 16, 16, 3), np.uint8),
+            "vector": np.ones((1, 5), np.float32),
+            "is_first": np.ones(1, bool),
+        },
+        agent.initial(1),
+    )
+    assert {weight.dtype for weight, _ in agent.snapshot[0].values()} == {torch.bfloat16}
+
+
+def test_resuming_in_another_precision_keeps_the_loss_scale():
+    full, half = make(), make("--precision", "float16")
+    half.restore(full.checkpoint())
+    assert float(half.optimizer.scale) == 2**15
+    full.restore(half.checkpoint())
+    assert float(full.optimizer.scale) == 1
+
+
+def test_imag_last_of_one_leaves_no_transition():
+    with pytest.raises(UserError, match="imag_last"):
+        make("--imag_last", "1")
 
 
 def test_graph_without_cuda_is_an_error_that_says_so():

@@ -16,7 +16,7 @@ from dreamer import Trainer
 from errors import UserError
 from feed import Feed, Pipe
 from replay import Replay
-from storage import DeviceRows, HostRows, StoreError
+from storage import DeviceRows, HostRows, ReplayMemoryError
 
 SPACES = {"image": Box(0, 255, (4, 6, 3), np.uint8), "code": Box(-np.inf, np.inf, (3,), np.float32)}
 LATENT = {"deter": 6, "stoch": 4, "classes": 5}
@@ -122,7 +122,7 @@ def test_staged_rows_are_sent_together_and_the_latest_counts(monkeypatch):
 
 
 def test_too_little_memory_names_bytes_and_keys(monkeypatch):
-    with pytest.raises(StoreError) as caught:
+    with pytest.raises(ReplayMemoryError) as caught:
         make(capacity=10**15, frames=on("cpu"))
     text = str(caught.value)
     assert "\n" not in text and "lower dataset_size" in text and ("replay_device: cpu" in text or "RAM" in text)
@@ -131,7 +131,7 @@ def test_too_little_memory_names_bytes_and_keys(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 11.44 GiB.")
 
     monkeypatch.setattr(torch, "empty", full)
-    with pytest.raises(StoreError) as caught:
+    with pytest.raises(ReplayMemoryError) as caught:
         DeviceRows(10**6, (64, 64, 3), np.dtype(np.uint8), "cpu")
     text = str(caught.value)
     assert "12,288,000,000 bytes (12.3 GB)" in text and "dataset_size" in text and "replay_device: cpu" in text
@@ -140,7 +140,7 @@ def test_too_little_memory_names_bytes_and_keys(monkeypatch):
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(storage.mmap, "mmap", refused)
-    with pytest.raises(StoreError, match=r"4,000 bytes .* of RAM .*lower dataset_size"):
+    with pytest.raises(ReplayMemoryError, match=r"4,000 bytes .* of RAM .*lower dataset_size"):
         HostRows(1000, (), np.dtype(np.float32))
 
 
