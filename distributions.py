@@ -7,7 +7,7 @@ Everything is computed in float32 (or wider), whatever the precision of the netw
 """
 
 import math
-from functools import cached_property
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 __all__ = ["symlog", "symexp", "symexp_bins", "one_hot"]
-__all__ += ["OneHot", "Joint", "Normal", "SquaredError", "TwoHot", "Bernoulli"]
+__all__ += ["OneHot", "Joint", "Normal", "SquaredError", "TwoHot", "Bernoulli", "mixed_loss"]
 
 
 def symlog(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
@@ -203,44 +203,82 @@ class TwoHot:
 
     With `squash` (`symlog_disc`, the 2023 version) the bins are evenly spaced in symlog space and the prediction is the
     symexp of the expected bin; without it (`symexp_twohot`) the bins themselves are exponentially spaced.
+    There may be more logits than bins: the last ones are padding and must be so low that their share is 0.
     """
 
-    def __init__(self, logits: Float[Tensor, "*b bins"], bins: Float[Tensor, " bins"], squash: bool = False):
-        self.logits = full_precision(logits)
+    def __init__(self, logits: Float[Tensor, "*b wide"], bins: Float[Tensor, " bins"], squash: bool = False):
+        self.wide = full_precision(logits)
+        self.probs = torch.softmax(self.wide, -1)
         self.bins = bins
         self.squash = squash
 
-    @cached_property
-    def log_probs(self) -> Float[Tensor, "*b bins"]:
-        return torch.log_softmax(self.logits, -1)
+    @property
+    def logits(self) -> Float[Tensor, "*b bins"]:
+        return self.wide[..., : self.bins.shape[0]]
 
     def mode(self) -> Float[Tensor, "*b"]:
         """Expected bin. Mirrored bins' shares are subtracted before weighing: symmetric logits give exactly 0."""
-        half = self.bins.shape[0] // 2
+        half, odd = divmod(self.bins.shape[0], 2)
         # Split, not sliced: of a slice that is flipped, torch 2.13 compiles a wrong gradient.
-        low, _, high = torch.softmax(self.logits, -1).split([half, self.bins.shape[0] - 2 * half, half], -1)
+        low, _, high, _ = self.probs.split([half, odd, half, self.wide.shape[-1] - self.bins.shape[0]], -1)
         # Not a matrix product: autocast would round values and rewards to half precision.
         mean = ((high - low.flip(-1)) * self.bins[-half:]).sum(-1)
         return symexp(mean) if self.squash else mean
 
-    def loss(self, *targets: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    def loss(self, *targets: Float[Tensor, "*b"], scales: Sequence[float] = ()) -> Float[Tensor, "*b"]:
         """Cross entropy with the two-hot target; targets beyond the outermost bins count as those.
 
-        The losses of several targets are added up, at the cost of one.
+        The losses of several targets are added up, each times its scale, at the cost of one.
         """
-        target = full_precision(torch.stack(targets, -1).detach())
+        target = full_precision(torch.stack(targets).detach())
         target = symlog(target) if self.squash else target
         last = self.bins.shape[0] - 1
-        above: Int[Tensor, "*b n"] = torch.searchsorted(self.bins, target, right=True).clamp(1, last)
+        above = torch.searchsorted(self.bins, target, right=True).clamp(1, last)
         below = above - 1
         low, high = self.bins[below], self.bins[above]
         share = ((target - low) / (high - low)).clamp(0, 1)
         # Two bins per target are looked up; no dense [..., bins] target is made.
-        pick = self.log_probs.gather(-1, torch.cat([below, above], -1))
-        return -(torch.cat([1 - share, share], -1) * pick).sum(-1)
+        picks, shares = torch.cat([below, above]), torch.cat([1 - share, share])
+        if scales:
+            shares = torch.stack([scale * x for scale, x in zip(2 * list(scales), shares, strict=True)])
+        return CrossEntropy.apply(self.wide, self.probs, picks.movedim(0, -1), shares.movedim(0, -1))
 
     def log_prob(self, target: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         return -self.loss(target)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """-sum(shares * log_softmax(logits)[picks]) over the last axis, from probabilities that are known already.
+
+    Neither forwards nor backwards is there a dense array beside those and the gradient. The gradient is itself
+    differentiable, through `probs`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        logits: Float[Tensor, "*b classes"],
+        probs: Float[Tensor, "*b classes"],
+        picks: Int[Tensor, "*b n"],
+        shares: Float[Tensor, "*b n"],
+    ) -> Float[Tensor, "*b"]:
+        ctx.save_for_backward(probs, picks, shares)
+        # The largest probability, at least 1/classes, tells the normaliser exactly; small ones may have underflowed.
+        normaliser = logits.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()
+        return (shares * (normaliser - logits.gather(-1, picks))).sum(-1)
+
+    @staticmethod
+    def backward(ctx, grad: Float[Tensor, "*b"]) -> tuple[Tensor, None, None, None]:
+        probs, picks, shares = ctx.saved_tensors
+        shares = shares * grad.unsqueeze(-1)
+        return (probs * shares.sum(-1, keepdim=True)).scatter_add_(-1, picks, -shares), None, None, None
+
+
+def mixed_loss(dist, targets: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    """The losses of several targets, each times its scale, added up."""
+    if isinstance(dist, TwoHot):
+        return dist.loss(*targets, scales=scales)
+    return sum(scale * dist.loss(target) for scale, target in zip(scales, targets, strict=True))
 
 
 class Bernoulli:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from distributions import one_hot
+from distributions import mixed_loss, one_hot
 from errors import UserError
 from layers import Actor, BinaryHead, ScalarHead
 from networks import RSSM, MultiDecoder, MultiEncoder, State, features
@@ -204,7 +204,7 @@ class Stream(nn.Module):
         """Critic loss against the returns of all but the last state, and the slow critic. The last entry is void."""
         padded = F.pad(target.detach(), (0, 1))
         slow = self.slow_critic(feat.detach()).mode()
-        return dist.loss(padded) + self.slow_regularizer * dist.loss(slow)
+        return mixed_loss(dist, (padded, slow), (1.0, self.slow_regularizer))
 
     def target_value(self, feat: Tensor) -> Tensor:
         """Values that returns are bootstrapped with, with gradient to `feat`."""
@@ -322,7 +322,7 @@ class ImagBehavior(nn.Module):
         losses, metrics, advantage = {}, {}, 0.0
         for name, stream in self.streams.items():
             dist = stream.critic(feat)
-            value = dist.mode().detach()
+            value = baseline = dist.mode().detach()
             with frozen(world_model, stream) if backprop else torch.no_grad():
                 if backprop or stream.slow_target:
                     value = stream.target_value(traj["feat"])
@@ -330,14 +330,14 @@ class ImagBehavior(nn.Module):
                 ret = lambda_return(reward, value, self._live(cont, stream.discount)[:, 1:], self.lam)
             if stream.retnorm:
                 stream.retnorm.update(ret)
-            advantage = advantage + stream.scale * stream.normalized(ret - dist.mode().detach()[:, :-1])
+            advantage = advantage + stream.scale * stream.normalized(ret - baseline[:, :-1])
             suffix = "" if name == "extrinsic" else f"/{name}"
             value_loss = (weight * stream.value_loss(feat, dist, ret)[:, :-1]).mean(1)
             losses[f"value{suffix}"] = value_loss.unflatten(0, shape)
             if stream.reward is extrinsic_reward:
                 boot = ret[:, 0].detach().unflatten(0, shape)
                 losses["repval"] = self._replay_value_loss(stream, world_model, post, batch, boot)
-            metrics |= self._stream_metrics(suffix, ret, dist, reward)
+            metrics |= self._stream_metrics(suffix, ret, baseline, reward)
 
         objective = self._objective(traj["log_prob"], advantage)
         losses["policy"] = -(weight * (objective + self.entropy_scale * entropy)).mean(1).unflatten(0, shape)
@@ -407,10 +407,10 @@ class ImagBehavior(nn.Module):
         return loss * (~batch["is_last"][:, :-1]).to(loss.dtype)
 
     @torch.no_grad()
-    def _stream_metrics(self, suffix: str, ret: Tensor, dist, reward: Tensor) -> Metrics:
+    def _stream_metrics(self, suffix: str, ret: Tensor, value: Tensor, reward: Tensor) -> Metrics:
         return {
             f"policy/return{suffix}": ret.mean(),
-            f"policy/value{suffix}": dist.mode().mean(),
+            f"policy/value{suffix}": value.mean(),
             f"policy/reward{suffix}": reward.mean(),
         }
 

@@ -266,7 +266,10 @@ def blend(reset: Tensor, cand: Tensor, update: Tensor, deter: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled() or deter.device.type != "cpu":
         return torch.lerp(deter, torch.tanh(torch.sigmoid(reset) * cand), torch.sigmoid(update))
-    # In place, and with tanh(x) = 2 sigmoid(2x) - 1: on a CPU `torch.tanh` takes four times as long as a sigmoid.
+    # With tanh(x) = 2 sigmoid(2x) - 1: on a CPU `torch.tanh` takes four times as long as a sigmoid.
+    if torch.compiler.is_compiling():
+        return deter + torch.sigmoid(update) * (2 * torch.sigmoid(2 * torch.sigmoid(reset) * cand) - 1 - deter)
+    # In place, as nothing fuses the steps here; compiled, writing to parts of an array would be slow.
     new = reset.sigmoid_().mul_(cand).mul_(2).sigmoid_().mul_(2).sub_(1)
     return torch.lerp(deter, new, update.sigmoid_())
 

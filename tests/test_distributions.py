@@ -1,8 +1,11 @@
 """Distributions against closed forms, `torch.distributions`, and explicit constructions."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import distributions as td
 
 from distributions import (
@@ -13,6 +16,7 @@ from distributions import (
     SquaredError,
     StraightThrough,
     TwoHot,
+    mixed_loss,
     softmax,
     symexp,
     symexp_bins,
@@ -147,6 +151,52 @@ def test_two_hot_loss_of_several_targets_is_the_sum_of_their_losses(count, squas
     ]
     torch.testing.assert_close(grads[0][0], grads[1][0], rtol=1e-10, atol=1e-12)
     assert grads[0][1:] == (None,) * count, "targets are held"
+
+
+def test_scales_of_several_targets():
+    logits, bins = draw(5, 41, scale=2.0), symexp_bins(41)
+    first, second = draw(5, seed=1), draw(5, seed=2, scale=50.0)
+    dist = TwoHot(logits, bins)
+    expected = dist.loss(first) + 0.25 * dist.loss(second)
+    torch.testing.assert_close(dist.loss(first, second, scales=(1.0, 0.25)), expected)
+    torch.testing.assert_close(mixed_loss(dist, (first, second), (1.0, 0.25)), expected)
+    other = SquaredError(draw(5, seed=3), dims=0)
+    torch.testing.assert_close(
+        mixed_loss(other, (first, second), (1.0, 0.25)), other.loss(first) + 0.25 * other.loss(second)
+    )
+
+
+@pytest.mark.parametrize("void", [-1e30, -math.inf])
+def test_padded_logits_change_nothing(void):
+    logits, bins, target = draw(6, 41, scale=2.0).requires_grad_(), symexp_bins(41), draw(6, seed=1, scale=9.0)
+    padded = F.pad(logits.detach(), (0, 7), value=void).requires_grad_()
+    plain, wide = TwoHot(logits, bins), TwoHot(padded, bins)
+    torch.testing.assert_close(wide.mode(), plain.mode(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(wide.loss(target), plain.loss(target))
+    for dist in (plain, wide):
+        (dist.loss(target) + dist.mode() * 1e-6).sum().backward()
+    torch.testing.assert_close(padded.grad[:, :41], logits.grad)
+    assert (padded.grad[:, 41:] == 0).all()
+
+
+def test_two_hot_loss_where_probabilities_underflow():
+    """Logits 300 apart: the unlikely bin's probability is 0 in float32, and its log still 300 below."""
+    bins = torch.linspace(-20, 20, 41)
+    logits = torch.zeros(1, 41)
+    logits[0, 0] = 300.0
+    logits.requires_grad_()
+    loss = TwoHot(logits, bins).loss(torch.tensor([5.0]))
+    np.testing.assert_allclose(loss.detach(), [300.0], rtol=1e-6)
+    loss.backward()
+    expected = np.zeros(41)
+    expected[0], expected[25] = 1.0, -1.0
+    np.testing.assert_allclose(logits.grad[0], expected, atol=1e-6)
+
+
+def test_second_derivatives_of_the_two_hot_loss():
+    logits, bins = draw(3, 9).double().requires_grad_(), symexp_bins(9, limit=2.0, dtype=torch.float64)
+    targets = draw(3, seed=1).double()
+    assert torch.autograd.gradgradcheck(lambda x: TwoHot(x, bins).loss(targets), logits)
 
 
 def test_a_mode_that_was_read_without_gradient_leaves_the_loss_its_own():

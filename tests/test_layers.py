@@ -65,6 +65,19 @@ def test_outscale_zero():
     assert (layer.weight == 0).all() and (layer.bias == 0).all()
 
 
+@pytest.mark.parametrize("outputs, wide", [(255, 256), (256, 256), (3, 8)])
+def test_outputs_are_padded_with_a_void(outputs, wide):
+    layer = Linear(5, outputs)
+    nn.init.normal_(layer.bias)
+    x = torch.randn(2, 7, 5)
+    out = layer.padded(x)
+    assert out.shape == (2, 7, wide)
+    torch.testing.assert_close(out[..., :outputs], layer(x))
+    assert (out[..., outputs:] == -1e30).all()
+    out.exp().sum().backward()
+    assert layer.weight.grad.shape == (outputs, 5) and layer.weight.grad.isfinite().all()
+
+
 def test_block_linear_init_uses_the_fan_in_of_the_whole_layer():
     layer = BlockLinear(8, 64, 200)
     check_init(layer.weight, 1 / math.sqrt(8 * 64))
