@@ -661,10 +661,16 @@ def difference(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
 def check_resume(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     """Whether a logdir that was written with `old` may be continued with `new`.
 
-    Returns what differs, all of it harmless (FREE) or let through by `force`. Raises ConfigError otherwise.
+    Returns what differs, all of it harmless (FREE, or a key that `old` is too old to know, at its default) or let
+    through by `force`. Raises ConfigError otherwise.
     """
-    changed = difference(old, new)
-    grave = [change for change in changed if change[0] not in FREE and not _same_place(change[0], old, new)]
+    changed, defaults = difference(old, new), load([]).flat()
+
+    def harmless(key: str, was: Any, now: Any) -> bool:
+        # A key that came with a newer version does, at its default, what was done without it.
+        return key in FREE or _same_place(key, old, new) or (was == ABSENT and now == defaults.get(key, ABSENT))
+
+    grave = [change for change in changed if not harmless(*change)]
     if not grave or new.get("force"):
         return changed
     told = "; ".join(f"{key} was {_show(was)}, is now {_show(now)}" for key, was, now in grave[:SHOWN_DIFFERENCES])

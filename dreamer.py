@@ -30,6 +30,7 @@ import execution
 import tools
 from config import Config, ConfigError, check_resume, resolve_paths
 from envs import make_env
+from episodes import infer_spaces
 from errors import UserError
 from exploration import Random
 from feed import Feed
@@ -40,7 +41,7 @@ from models import ImagBehavior, WorldModel, total_loss
 from networks import features
 from optim import Optimizer
 from parallel import EnvError, VectorEnv, make_vector
-from replay import Replay, ReplayError, infer_spaces
+from replay import Replay, ReplayError
 from storage import DeviceRows, HostRows
 
 log = logging.getLogger("dreamer")
@@ -396,7 +397,8 @@ class Trainer:
             log.info(f"Resuming at frame {self.frames:,}, update {self.updates:,}")
         if self.device.type == "cpu" and config.encoder.units > 128:
             log.warning("These networks are sized for a GPU and slow on a CPU: add the block cpu (--configs ... cpu)")
-        log.info(f"Watch: tensorboard --logdir {self.logdir}")
+        if config.tensorboard:
+            log.info(f"Watch: tensorboard --logdir {self.logdir}")
 
     # Counting
 

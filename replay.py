@@ -39,7 +39,7 @@ When a directory is read again:
   reset there. Its reward stays as recorded.
 - Only the newest `capacity` steps are read. Of what is older the names tell the counts.
 - Files with other names are episodes of older ports: one more stream (id -1), in the order of their names. There the
-  action of a row is the one that *led to* it; it is shifted by one (see `_align_actions`).
+  action of a row is the one that *led to* it; it is shifted by one (see `align_actions`).
 """
 
 import errno
@@ -50,27 +50,22 @@ import re
 import shutil
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from episodes import FLAGS, RESERVED, ReplayError, align_actions, as_vectors, header_shape, read_flags, write_npz
 from storage import HostRows
 
 log = logging.getLogger(__name__)
 
 SLOT = 1024  # rows of a slot
 OLDER = -1  # id of the stream of episodes that older ports recorded
-FLAGS = ("is_first", "is_last", "is_terminal")
-RESERVED = {*FLAGS, "action", "reward", "discount"}
 SAVED = ("online_served", "online_dropped", "latents_rejected")  # counts of the whole run; others are found in files
 DETER, STOCH, VALID = "latent/deter", "latent/stoch", "latent/valid"
 NAME = re.compile(r"s(\d{3,})-e(\d{6,})-p(\d{3,})-(\d{4,})\.npz")
-
-
-class ReplayError(ValueError):
-    """Data or settings that do not fit the replay; what was given with them is not stored."""
 
 
 class StorageError(ReplayError):
@@ -679,7 +674,7 @@ class Replay:
         arrays = self._piece_arrays(stream, piece)
         path = self.directory / piece.name(stream.id)
         try:
-            _write_npz(path, arrays)
+            write_npz(path, arrays)
             if piece.replaces and piece.replaces != path.name:
                 (self.directory / piece.replaces).unlink(missing_ok=True)
         except OSError as error:
@@ -777,7 +772,7 @@ class Replay:
                 names = sorted(name.removesuffix(".npy") for name in archive.namelist())
                 if "reward" in names:
                     with archive.open("reward.npy") as file:
-                        if length := _header_shape(file)[0]:
+                        if length := header_shape(file)[0]:
                             return length
                         raise _Damaged("no rows")
         except PermissionError:
@@ -856,7 +851,7 @@ class Replay:
         short = {key: value.shape for key, value in raw.items() if value.shape[:1] != (count,)}
         if short or not count:
             raise _Damaged(f"expected {count} rows, found {short}")
-        rows = _read_flags(raw, count, older=piece.stream == OLDER)
+        rows = read_flags(raw, count, older=piece.stream == OLDER)
 
         def name() -> str:
             return str(piece.path)
@@ -864,7 +859,7 @@ class Replay:
         try:
             reward = raw["reward"].reshape(count) if raw["reward"].size == count else raw["reward"]  # also [N, 1]
             rows["reward"] = _fit("reward", reward, (count,), np.dtype(np.float32), name)
-            action = _as_vectors(raw["action"], self.action_size, name)
+            action = as_vectors(raw["action"], self.action_size, name)
             action = _fit("action", action, (count, self.action_size), np.dtype(np.float32), name)
             for key, (shape, dtype) in self._obs.items():
                 rows[key] = _fit(f"observation {key!r}", raw[key], (count, *shape), dtype, name)
@@ -872,7 +867,7 @@ class Replay:
         except _NotFinite as error:  # of the file, not of the configuration
             raise _Damaged(str(error)) from error
         if piece.stream == OLDER and "is_last" not in raw:
-            action = _align_actions(raw["action"], action)
+            action = align_actions(raw["action"], action)
         rows["action"] = np.where(rows["is_last"][:, None], np.float32(0), action)
         return rows
 
@@ -1031,172 +1026,3 @@ def _share(lengths: list[int], room: int) -> list[int]:
         shares[index] = min(lengths[index], room // (len(lengths) - done))
         room -= shares[index]
     return shares
-
-
-def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Like np.savez, for any key, and so that the file is either complete or not there (OSError: nothing is left)."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for key, value in arrays.items():
-                    with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, np.ascontiguousarray(value), allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the name itself
-        finally:
-            os.close(folder)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _header_shape(file) -> tuple:
-    """Shape of the array of an open .npy file, without reading the array."""
-    major, _ = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-    return read(file)[0]
-
-
-def _read_flags(raw: dict[str, np.ndarray], count: int, older: bool) -> dict[str, np.ndarray]:
-    """is_first, is_last, is_terminal [N] bool of a file; what an older port did not write follows from the rest."""
-    rows = {key: raw[key].reshape(count).astype(bool) if key in raw else np.zeros(count, bool) for key in FLAGS}
-    if "is_terminal" not in raw and "discount" in raw:
-        rows["is_terminal"] = raw["discount"].reshape(count) == 0
-    if older:
-        rows["is_first"][0] = True
-    if "is_last" not in raw:
-        rows["is_last"][-1] = True
-    rows["is_last"][:-1] |= rows["is_first"][1:]
-    return rows
-
-
-def _as_vectors(action: np.ndarray, size: int, name: Callable[[], str]) -> np.ndarray:
-    """Recorded actions as [N, A]: indices become one-hot."""
-    flat = action.reshape(len(action), -1)
-    if flat.shape[1] == size:
-        return flat
-    index = flat[:, 0]
-    if flat.shape[1] != 1 or not (
-        np.isfinite(index).all() and (index == np.floor(index)).all() and (index >= 0).all() and (index < size).all()
-    ):
-        raise ReplayError(
-            f"action from {name()}: found shape {action.shape}, expected {(len(action), size)}, or "
-            f"indices below {size}; make the action space and the recorded data agree."
-        )
-    return np.eye(size, dtype=np.float32)[index.astype(np.int64)]
-
-
-def _align_actions(recorded: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """Actions [N, A] chosen *at* each row, from a file of an older port (one without is_last).
-
-    Those ports keep in row t the action that led to row t, so row 0 is zero. That is how they are told: if row 0 is
-    zero and another row is not, action[t] = recorded[t + 1] and the last is zero. Otherwise the actions are taken as
-    they are.
-    """
-    if recorded[0].any() or not recorded.any():
-        return vectors
-    return np.concatenate([vectors[1:], np.zeros_like(vectors[:1])])
-
-
-def infer_spaces(directory: Path | str) -> tuple[dict, object]:
-    """Observation spaces and action space from recorded files, to train without an environment.
-
-    Observations are the keys beside flags, action, reward, `present/*`, `log_*` and `logprob`: Box of the recorded
-    shape and dtype (0 to 255 for uint8, unbounded for floats). The action space is Discrete(n) if every action of every
-    file is one-hot or zero, or a whole number; otherwise Box(-1, 1). Several one-hots side by side (MultiDiscrete)
-    cannot be told apart and give a Box. Damaged files are passed over. Raises ReplayError if nothing can be read, or
-    two files differ in keys or shapes.
-    """
-    from gymnasium import spaces  # here: nothing else in this file needs it
-
-    if not Path(directory).is_dir():
-        raise ReplayError(f"{directory} is not a directory; give offline_traindir a folder of .npz episodes.")
-    found, first, widths, highest, discrete, chosen = None, None, set(), 0, True, False
-    for path in sorted(Path(directory).glob("*.npz")):
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                action = file["action"]
-                whole = found is None
-                names = {
-                    key
-                    for key in file.files
-                    if key not in RESERVED | {"logprob"} and not key.startswith(("present/", "log_"))
-                }
-                shapes = {key: file[key] for key in sorted(names)} if whole else None
-        except PermissionError:
-            raise
-        except Exception as error:  # a damaged archive can raise nearly anything
-            log.warning("%s cannot be read (%s: %s): its spaces are not known.", path, type(error).__name__, error)
-            continue
-        if whole:
-            found, first = {key: (value.shape[1:], value.dtype) for key, value in shapes.items()}, path
-        elif names != set(found):
-            raise ReplayError(
-                f"{path} and {first} hold different observations: {sorted(names)} and {sorted(found)}; "
-                "keep one kind of episode per directory."
-            )
-        flat = action.reshape(len(action), -1)
-        widths.add(flat.shape[1])
-        if flat.shape[1] == 1 and action.dtype.kind in "iu":
-            highest, chosen = max(highest, int(flat.max(initial=0))), True
-        else:
-            discrete &= flat.shape[1] > 1 and bool(np.isin(flat, (0, 1)).all() and (flat.sum(1) <= 1).all())
-            chosen |= bool(flat.any())
-    if found is None or len(widths) != 1:
-        problem = "no file with an action could be read" if found is None else f"actions of lengths {sorted(widths)}"
-        raise ReplayError(f"{directory}: {problem}; expected .npz episodes of one environment.")
-    width = widths.pop()
-    act_space = spaces.Box(-1, 1, (width,), np.float32)
-    if discrete and chosen:  # all zero tells nothing
-        act_space = spaces.Discrete(highest + 1 if width == 1 else width)
-    return {key: _infer_box(shape, dtype) for key, (shape, dtype) in found.items()}, act_space
-
-
-def _infer_box(shape: tuple, dtype: np.dtype):
-    from gymnasium import spaces
-
-    if dtype.kind == "f":
-        return spaces.Box(-np.inf, np.inf, shape, np.float32)
-    if dtype.kind == "b":
-        return spaces.Box(0, 1, shape, np.uint8)
-    return spaces.Box(np.iinfo(dtype).min, np.iinfo(dtype).max, shape, dtype)
-
-
-def sample_episodes(
-    episodes: dict[str, dict[str, np.ndarray]], length: int, seed: int = 0
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yield windows of exactly `length` steps, for ever, as dictionaries of fresh arrays [length, ...].
-
-    episodes: name -> key -> [steps, ...]; it may grow or shrink meanwhile. A window starts at a step drawn uniformly
-    from all steps of all episodes (short ones are not favoured). Where the episode ends before the window does, another
-    one, drawn in proportion to its length, follows from its beginning. `is_first` is set at the window's start and at
-    each such border. `log_*` is left out. Raises ReplayError if there is no step.
-    """
-    rng = np.random.default_rng(seed)
-    while True:
-        parts, size = [], 0
-        while size < length:
-            held = list(episodes.values())
-            bounds = np.cumsum([len(next(iter(episode.values()))) for episode in held])
-            if not len(bounds) or not bounds[-1]:
-                raise ReplayError("There are no steps in the episodes to sample from; record or load some first.")
-            draw = int(rng.integers(bounds[-1]))
-            index = int(np.searchsorted(bounds, draw, side="right"))
-            episode = held[index]
-            start = 0 if parts else draw - int(bounds[index - 1] if index else 0)
-            part = {
-                key: value[start : start + length - size]
-                for key, value in episode.items()
-                if not key.startswith("log_")
-            }
-            if "is_first" in part:
-                part["is_first"] = part["is_first"].copy()
-                part["is_first"][0] = True
-            parts.append(part)
-            size += len(next(iter(part.values())))
-        yield {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}

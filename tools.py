@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from episodes import sample_episodes
 from errors import UserError
 from logger import Logger, Progress, atomic_write, format_duration, human, save_mp4, setup_logging
-from replay import Replay, sample_episodes
+from replay import Replay
 
 __all__ = [
     "Every",
@@ -354,9 +355,10 @@ def out_of_memory_help(error: BaseException) -> str | None:
     reason = text.partition(" GPU ")[0].partition("\n")[0].strip().rstrip(".") or "Out of memory"
     host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in text
     data = ", dataset_size (steps in memory)" if host else ""
+    frames = "" if host else ", --replay_device cpu (frames in RAM)"
     return (
         f"{reason}. Make one of these smaller: batch_size, batch_length, imag_horizon, envs{data}, or the network "
-        "(a block such as --configs ... size12m); or --precision bfloat16."
+        f"(a block such as --configs ... size12m); or --precision bfloat16, --checkpointing true{frames}."
     )
 
 

@@ -375,6 +375,15 @@ def test_resume_of_another_configuration():
     assert len(check_resume(old, resolve_paths(load([*argv, "--force", "true"])))) >= 4
 
 
+def test_resume_of_a_run_that_an_older_version_began():
+    """Keys that it did not know are no difference at their defaults, and are one elsewhere."""
+    whole = resolve_paths(load([]))
+    old = Config({key: value for key, value in whole.items() if key not in ("imag_last", "checkpointing")})
+    assert {key for key, *_ in check_resume(old, resolve_paths(load([])))} == {"imag_last", "checkpointing"}
+    with pytest.raises(ConfigError, match=r"imag_last was \(absent\), is now 4"):
+        check_resume(old, resolve_paths(load(["--imag_last", "4"])))
+
+
 def test_resume_with_many_differences_stays_readable():
     with pytest.raises(ConfigError, match="and [0-9]+ more.*the command that started it"):
         check_resume(load([]), load(["--configs", "debug"]))

@@ -19,7 +19,8 @@ from gymnasium import spaces
 
 import replay as module
 import storage
-from replay import Replay, ReplayError, StorageError, infer_spaces, sample_episodes
+from episodes import infer_spaces
+from replay import Replay, ReplayError, StorageError
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACES = {"code": spaces.Box(-np.inf, np.inf, (3,), np.float64), "image": spaces.Box(0, 255, (4, 4, 3), np.uint8)}
@@ -977,37 +978,6 @@ def test_generators_are_not_global():
     first = replay.sample(5)
     np.random.seed(3)
     assert same(first, twin.sample(5)) and not same(first, twin.sample(5))
-
-
-# The older family's generator
-
-
-def test_sample_episodes():
-    episodes = {
-        str(e): {
-            "code": np.stack([np.full(n, e), np.arange(n)], 1),
-            "is_first": np.arange(n) == 0,
-            "log_x": np.zeros(n),
-        }
-        for e, n in enumerate([3, 40, 10])
-    }
-    counts = np.zeros(53)
-    generator = sample_episodes(episodes, 12, seed=1)
-    for window in itertools.islice(generator, 4000):
-        assert set(window) == {"code", "is_first"} and len(window["code"]) == 12 and window["is_first"][0]
-        code, is_first = window["code"], window["is_first"]
-        for (episode, t), (after, then), first in zip(code[:-1], code[1:], is_first[1:], strict=True):
-            ends = t == [3, 40, 10][episode] - 1
-            assert first == ends and (then == 0 if ends else (after, then) == (episode, t + 1))
-        episode, t = window["code"][0]
-        counts[[0, 3, 43][episode] + t] += 1
-    chi = ((counts - 4000 / 53) ** 2 / (4000 / 53)).sum()
-    assert abs(chi - 52) < 4.5 * np.sqrt(104)
-    assert not episodes["1"]["is_first"][1:].any()  # the given arrays are left alone
-    again = next(sample_episodes(episodes, 12, seed=1))
-    assert np.array_equal(again["code"], next(sample_episodes(episodes, 12, seed=1))["code"])
-    with pytest.raises(ReplayError, match="no steps"):
-        next(sample_episodes({}, 4))
 
 
 def test_no_torch_is_needed():

@@ -759,9 +759,10 @@ def test_out_of_memory_help():
     text = tools.out_of_memory_help(cuda)
     assert text.startswith("CUDA out of memory. Tried to allocate 2.00 GiB. Make") and "\n" not in text
     assert all(key in text for key in ("batch_size", "batch_length", "imag_horizon", "envs", "size12m", "bfloat16"))
+    assert "--replay_device cpu" in text and "--checkpointing true" in text
     with pytest.raises(RuntimeError) as real:
         torch.empty(2**60, dtype=torch.uint8)
-    assert "dataset_size" in tools.out_of_memory_help(real.value)
+    assert "dataset_size" in (text := tools.out_of_memory_help(real.value)) and "replay_device" not in text
     assert tools.out_of_memory_help(MemoryError()).startswith("Out of memory. Make")
     assert tools.out_of_memory_help(RuntimeError("shape mismatch")) is None
 
@@ -778,11 +779,12 @@ def test_parameter_table():
 
 
 def test_names_handed_on():
+    import episodes
     import logger
     import replay
 
     assert tools.Logger is logger.Logger and tools.Replay is replay.Replay
-    assert tools.sample_episodes is replay.sample_episodes
+    assert tools.sample_episodes is episodes.sample_episodes
     assert all(hasattr(tools, name) for name in tools.__all__)
 
 
