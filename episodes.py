@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from gymnasium import spaces
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +100,8 @@ def infer_spaces(directory: Path | str) -> tuple[dict, object]:
     cannot be told apart and give a Box. Damaged files are passed over. Raises ReplayError if nothing can be read, or
     two files differ in keys or shapes.
     """
+    from gymnasium import spaces  # here, and below: the replay does without
+
     if not Path(directory).is_dir():
         raise ReplayError(f"{directory} is not a directory; give offline_traindir a folder of .npz episodes.")
     found, first, widths, highest, discrete, chosen = None, None, set(), 0, True, False
@@ -145,6 +146,8 @@ def infer_spaces(directory: Path | str) -> tuple[dict, object]:
 
 
 def _infer_box(shape: tuple, dtype: np.dtype):
+    from gymnasium import spaces
+
     if dtype.kind == "f":
         return spaces.Box(-np.inf, np.inf, shape, np.float32)
     if dtype.kind == "b":
