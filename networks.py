@@ -274,6 +274,7 @@ def blend(reset: Tensor, cand: Tensor, update: Tensor, deter: Tensor) -> Tensor:
     return torch.lerp(deter, new, update.sigmoid_())
 
 
+UNROLLED = 4  # steps of the posterior that are compiled as one: more calls cost time, longer code costs compilation
 CELLS = {"block_gru": BlockGRU, "gru": GRU}
 
 
@@ -388,13 +389,16 @@ class RSSM(nn.Module):
         inputs = self._inputs(action, is_first)
         products, given = late(products | {"fusion": self.fusion.prepare(tokens, weights)}, batch, time)
         noises = [None] * time if noise is None else noise.unbind(1)
-        step = recomputed(self._obs_step) if self.recompute else self._obs_step
+        scan = recomputed(self._obs_steps) if self.recompute else self._obs_steps
+        inputs = list(zip(*(x.unbind(1) for x in inputs), noises, products, strict=True))
         steps = []
-        for act, keep, noise, own in zip(*(x.unbind(1) for x in inputs), noises, products, strict=True):
-            state, used = step(state, act, keep, noise, own, weights)
-            steps.append(state)
-            for name, x in used.items():
-                given[name].append(x.detach())
+        for first in range(0, time, UNROLLED):
+            states, used = scan(state, inputs[first : first + UNROLLED], weights)
+            state = states[-1]
+            steps += states
+            for step in used:
+                for name, x in step.items():
+                    given[name].append(x.detach())
         post = {key: torch.stack([step[key] for step in steps], 1) for key in steps[0]}
         return post, self.prior(post["deter"])
 
@@ -473,6 +477,17 @@ class RSSM(nn.Module):
         """The share of the actions, and where the state is kept [*b, 1]: they do not depend on the state."""
         keep = (~is_first).to(action.dtype).unsqueeze(-1)
         return self.core.prepare(bounded(action) * keep), keep
+
+    def _obs_steps(
+        self, state: State, inputs: list[tuple], weights: Weights
+    ) -> tuple[list[State], list[dict[str, Tensor]]]:
+        """A few steps of the posterior: what is compiled as one. `inputs`: what `_obs_step` takes at each of them."""
+        states, used = [], []
+        for step in inputs:
+            state, given = self._obs_step(state, *step, weights)
+            states.append(state)
+            used.append(given)
+        return states, used
 
     def _obs_step(
         self,
