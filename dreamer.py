@@ -389,8 +389,9 @@ class Trainer:
         log.info("Parameters:\n" + tools.parameter_table(modules))
         steps = self.replay.stats()["entries"] if self.offline else config.dataset_size
         steps = min(steps, max(1, math.ceil(config.steps / config.action_repeat))) if not self.offline else steps
+        memory = "memory" if self._frames() is HostRows else f"memory, frames on {self.device}"
         log.info(
-            f"Replay: up to {steps:,} agent steps in {self.replay.estimate_bytes(steps) / 1e9:.2g} GB of memory; "
+            f"Replay: up to {steps:,} agent steps in {self.replay.estimate_bytes(steps) / 1e9:.2g} GB of {memory}; "
             f"{self.replay.steps:,} stored so far"
         )
         if resumed:
