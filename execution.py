@@ -22,8 +22,10 @@ def prepare(agent, compile: bool = False, graph: bool = False) -> None:
     if compile:
         world_model, behavior = agent.world_model, agent.behavior
         # Each alone: the loops over time stay loops, as unrolled they would take minutes to compile.
-        # A compiled loop over few classes is slow on a CPU, so there latents are drawn outside.
-        imagined = "_expect" if agent.device.type == "cpu" else "img_step"
+        imagined = "img_step"
+        if agent.device.type == "cpu":
+            imagined = "_expect"  # a compiled loop over few classes is slow there: latents are drawn outside
+            world_model.rssm.stride = 4  # calls cost more than the longer compilation
         parts = [(world_model.rssm, "_obs_steps"), (world_model.rssm, imagined), (behavior, "_act_and_score")]
         for owner, name in [*parts, (world_model, "score"), (behavior, "learn"), (agent, "_act")]:
             setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))

@@ -226,7 +226,7 @@ class Conv(nn.Module):
         """
         weight = torch.einsum("psk,qtl,oikl->pqoist", self.fold, self.fold, self.conv.weight).flatten(0, 2)
         x = F.conv2d(x, weight, self.conv.bias.repeat(4), padding=weight.shape[-1] // 2)
-        # Channels (row, column, output) to their pixels, with the outputs last in memory (`pixel_shuffle` has them first).
+        # Channels (row, column, output) to their pixels, outputs last in memory (`pixel_shuffle` has them first).
         x = x.permute(0, 2, 3, 1).unflatten(-1, (2, 2, -1)).transpose(2, 3)
         return x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 

@@ -274,7 +274,6 @@ def blend(reset: Tensor, cand: Tensor, update: Tensor, deter: Tensor) -> Tensor:
     return torch.lerp(deter, new, update.sigmoid_())
 
 
-UNROLLED = 4  # steps of the posterior that are compiled as one: more calls cost time, longer code costs compilation
 CELLS = {"block_gru": BlockGRU, "gru": GRU}
 
 
@@ -342,6 +341,7 @@ class RSSM(nn.Module):
     ):
         super().__init__()
         self.recompute = recompute
+        self.stride = 1  # steps of the posterior's scan that are run as one, see `execution.py`
         if cell == "block_gru" and deter % blocks:
             raise ValueError(f"deter ({deter}) must be a multiple of blocks ({blocks}).")
         self.deter, self.stoch, self.discrete = deter, stoch, discrete
@@ -392,8 +392,8 @@ class RSSM(nn.Module):
         scan = recomputed(self._obs_steps) if self.recompute else self._obs_steps
         inputs = list(zip(*(x.unbind(1) for x in inputs), noises, products, strict=True))
         steps = []
-        for first in range(0, time, UNROLLED):
-            states, used = scan(state, inputs[first : first + UNROLLED], weights)
+        for first in range(0, time, self.stride):
+            states, used = scan(state, inputs[first : first + self.stride], weights)
             state = states[-1]
             steps += states
             for step in used:
@@ -481,7 +481,7 @@ class RSSM(nn.Module):
     def _obs_steps(
         self, state: State, inputs: list[tuple], weights: Weights
     ) -> tuple[list[State], list[dict[str, Tensor]]]:
-        """A few steps of the posterior: what is compiled as one. `inputs`: what `_obs_step` takes at each of them."""
+        """`stride` steps of the posterior, run as one. `inputs`: what `_obs_step` takes at each of them."""
         states, used = [], []
         for step in inputs:
             state, given = self._obs_step(state, *step, weights)
