@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import execution
 import tools
-from config import Config, ConfigError, check_resume, resolve_paths
+from config import Config, check_resume, resolve_paths
 from envs import make_env
 from episodes import infer_spaces
 from errors import UserError
@@ -45,6 +45,7 @@ from replay import Replay, ReplayError
 from storage import DeviceRows, HostRows
 
 log = logging.getLogger("dreamer")
+WRONG = (UserError, ReplayError, EnvError)  # what the user can mend: shown as one line
 
 
 class Dreamer(nn.Module):
@@ -76,7 +77,7 @@ class Dreamer(nn.Module):
             **{k: config[k] for k in sections},
         )
         self.loss_scales = dict(config.loss_scales)
-        self.snapshot = None  # weights as the policy reads them, since the latest update
+        self.layout = None  # the recurrence's weights as acting reads them; None: they have changed since
         self.to(self.device)
         half = tools.half_precision(config.precision, self.device)
         self.optimizer = self._optimizer(**config.opt, scaled=half == torch.float16)
@@ -126,14 +127,26 @@ class Dreamer(nn.Module):
         generator = generator or self.policy_generator
         noise = {"post": self._latent_noise(len(obs["is_first"]), generator=generator)}
         noise["action"] = self._action_noise(len(obs["is_first"]), generator=generator) if sample else None
-        if self.snapshot is None:
-            with self.autocast():
-                self.snapshot = self.world_model.rssm.layout()
-        state = self._act(tensors, state, noise, self.snapshot)
+        state = self._act(tensors, state, noise, self._lay_out())
         return state["action"].cpu().numpy(), state
 
-    def _act(self, obs: dict[str, Tensor], state: dict, noise: dict, layout: tuple[dict, dict]) -> dict:
-        """The state that an observation leads to, its action included: tensors in, tensors out."""
+    def _lay_out(self) -> tuple[dict, dict]:
+        """The recurrence's weights as its steps read them: made once per update, not at every act."""
+        if self.layout is None:
+            with self.autocast():
+                self.layout = self.world_model.rssm.layout()
+        return self.layout
+
+    def weights_changed(self) -> None:
+        """To be called when weights were written by anything but `train_step` and `restore`."""
+        self.layout = None
+
+    def _act(self, obs: dict[str, Tensor], state: dict, noise: dict, layout: tuple[dict, dict] | None) -> dict:
+        """The state that an observation leads to, its action included: tensors in, tensors out.
+
+        All other weights are read where they are: acting is queued behind the update before it and ahead of the next,
+        so that they are never half updated, and no copy of them is needed.
+        """
         rssm, is_first = self.world_model.rssm, obs["is_first"]
         with self.autocast():
             tokens = self.world_model.encoder(obs)
@@ -155,7 +168,7 @@ class Dreamer(nn.Module):
         `noise` is drawn unless given (see `draw_noise`). What is returned may be overwritten by the next update.
         """
         metrics, latents = self._update(batch, noise or self.draw_noise(*batch["reward"].shape))
-        self.snapshot = None
+        self.weights_changed()
         return metrics, latents
 
     def _update(self, batch: dict, noise: dict) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
@@ -240,7 +253,7 @@ class Dreamer(nn.Module):
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise UserError(f"The checkpoint's networks differ from the configured ones: {reason}") from error
-        self.snapshot = None
+        self.weights_changed()
         if not weights_only:
             # The rates are the configuration's, which a resumed run may change (--force true --opt.lr ...).
             self.optimizer.load_state_dict(state["optimizer"], rates=False)
@@ -794,7 +807,7 @@ def cli(config: Config) -> int:
     """Exit status: 0, or 1 with one line that says what is wrong."""
     try:
         main(config)
-    except (UserError, ConfigError, ReplayError, EnvError) as error:
+    except WRONG as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:

@@ -32,6 +32,7 @@ def prepare(agent, compile: bool = False, graph: bool = False) -> None:
     if graph:
         if agent.device.type != "cuda":
             raise UserError(f"graph: true captures CUDA graphs, and the device is {agent.device}: use --graph false")
+        agent._lay_out = lambda: None  # inside of the graph, next to free, instead of copied to it at every act
         # What acting returns is carried on by its caller, while others act too; an update's results are read at once.
         agent._update, agent._act = Captured(agent._update), Captured(agent._act, copies=True)
 

@@ -1,7 +1,8 @@
-"""Losses and gradients in bfloat16 beside float32: the same weights, batches and noise.
+"""Losses and gradients in half precision beside float32: the same weights, batches and noise.
 
     python benchmarks/bf16.py                              # workload V
     python benchmarks/bf16.py --obs proprio --updates 100
+    python benchmarks/bf16.py --precision float16          # with its scaled loss
 
 The networks first learn `--updates` updates in float32, and fast: fresh heads spread their probability over bins of up
 to ±5e8, which cancel in the mean, and little of what is left is exact in any precision.
@@ -29,17 +30,18 @@ TOLD = ("policy",)  # and not judged
 
 def main(argv: Sequence[str] | None = None) -> dict:
     parser = common.parser(__doc__)
-    parser.add_argument("--updates", type=int, default=100, help="updates in float32 before the comparison")
-    parser.add_argument("--batches", type=int, default=4, help="batches to average over")
+    parser.add_argument("--updates", type=common.natural, default=100, help="updates in float32 before the comparison")
+    parser.add_argument("--batches", type=common.positive, default=4, help="batches to average over")
     parser.add_argument("--tolerance", type=float, default=0.02, help="of the losses")
     args = common.parse(parser, argv, "--opt.lr", "1e-3", "--opt.warmup", "0")
     torch.backends.cudnn.allow_tf32 = False  # float32 that is what it says
+    args.precision = args.config.precision if args.config.precision == "float16" else "bfloat16"
     args.config = common.eager(args.config).replace(precision="float32")
     learner = common.Learner(args.obs, args.config)
     for _ in range(args.updates):
         learner.update()
     learner.finish()
-    narrow = common.make_agent(args.obs, args.config.replace(precision="bfloat16"))
+    narrow = common.make_agent(args.obs, args.config.replace(precision=args.precision))
     narrow.world_model.load_state_dict(learner.agent.world_model.state_dict())
     narrow.behavior.load_state_dict(learner.agent.behavior.state_dict())
     found: tuple[list, list] = ([], [])
@@ -53,10 +55,18 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 def backward(agent: Dreamer, batch: dict, noise: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """All losses, [B, T], and the gradient of each part of the agent."""
-    losses, _, _ = agent.losses(batch, noise)
-    agent.optimizer.backward(total_loss(losses, agent.loss_scales))
-    gradients = {name: group.grad.clone() for name, group in agent.optimizer.groups.items()}
+    """All losses, [B, T], and the gradient of each part of the agent.
+
+    The loss scale of float16 is halved until no gradient overflows, as it is in training.
+    """
+    optimizer = agent.optimizer
+    while True:
+        losses, _, _ = agent.losses(batch, noise)
+        optimizer.backward(total_loss(losses, agent.loss_scales))
+        gradients = {name: group.grad / optimizer.scale for name, group in optimizer.groups.items()}
+        if not optimizer.scaled or all(grad.isfinite().all() for grad in gradients.values()):
+            break
+        optimizer.scale.mul_(0.5)
     return {name: loss.detach().float() for name, loss in losses.items()}, gradients
 
 
@@ -77,12 +87,12 @@ def report(args, agent: Dreamer, losses: Sequence[dict], gradients: Sequence[dic
     largest = max(error for name, error in errors.items() if name not in TOLD)
     rows = [(name, *(f"{mean:.5g}" for mean in means[name]), share(error)) for name, error in errors.items()]
     title = f"{args.obs}, {args.size}, after {args.updates} updates"
-    table(title, ("loss", "float32", "bfloat16", "difference"), rows)
+    table(title, ("loss", "float32", args.precision, "difference"), rows)
     table("gradients", ("part", "cosine"), [(name, f"{value:.5f}") for name, value in cosines.items()])
-    result = common.facts("bf16", args, agent) | {"precision": "bfloat16", "updates": args.updates}
+    result = common.facts("bf16", args, agent) | {"precision": args.precision, "updates": args.updates}
     result |= {"differences": errors, "largest": largest, "gradient_cosines": cosines}
     return emit(result | {"within": largest <= args.tolerance})
 
 
 if __name__ == "__main__":
-    sys.exit(not main()["within"])
+    sys.exit(not common.command(main)["within"])

@@ -7,7 +7,7 @@ steps from all 1,024 states.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from measuring import machine, waiter  # noqa: E402
 import config as configuration  # noqa: E402
 import tools  # noqa: E402
 from config import Config  # noqa: E402
-from dreamer import Dreamer, Trainer  # noqa: E402
+from dreamer import WRONG, Dreamer, Trainer  # noqa: E402
 from replay import Replay  # noqa: E402
 
 ACTIONS, NUMBERS = 6, 24
@@ -32,6 +32,28 @@ EPISODE = 500  # steps
 
 
 # Arguments
+
+
+def command(main: Callable[[], dict]) -> dict:
+    """`main()` of a script. What its user got wrong is one line and exit status 1."""
+    try:
+        return main()
+    except WRONG as error:
+        raise SystemExit(f"Error: {error}") from None
+
+
+def positive(text: str) -> int:
+    """A number of things, at least one."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """A number of things that may be none."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return int(text)
 
 
 def parser(doc: str, repeats: int = 10, warmup: int = 3) -> argparse.ArgumentParser:
@@ -45,9 +67,9 @@ def parser(doc: str, repeats: int = 10, warmup: int = 3) -> argparse.ArgumentPar
     )
     out.add_argument("--obs", choices=SIZES, default="vision", help="what is observed: a 64x64x3 image or 24 numbers")
     out.add_argument("--size", help="block of the configuration; size12m for vision, size1m for proprio")
-    out.add_argument("--horizon", type=int, help="imagined steps, 15 if not given")
-    out.add_argument("--repeats", type=int, default=repeats, help="samples to take")
-    out.add_argument("--warmup", type=int, default=warmup, help="calls before the first sample, beside the very first")
+    out.add_argument("--horizon", type=positive, help="imagined steps, 15 if not given")
+    out.add_argument("--repeats", type=positive, default=repeats, help="samples to take")
+    out.add_argument("--warmup", type=natural, default=warmup, help="calls between the first one and the samples")
     return out
 
 
@@ -162,17 +184,18 @@ def precision(config: Config, device: torch.device) -> str:
 
 
 def facts(bench: str, args: argparse.Namespace, agent: Dreamer) -> dict:
-    """What was measured and on what: the head of every result."""
-    config, device = args.config, agent.device
+    """What was measured and on what: the head of a result."""
+    what = {"bench": bench, "size": args.size, "obs": args.obs}
+    return what | setting(args.config, agent.device) | {"params": parameters(agent)}
+
+
+def setting(config: Config, device: torch.device) -> dict:
+    """Where and how something runs."""
     return {
-        "bench": bench,
-        "size": args.size,
-        "obs": args.obs,
         "device": device.type,
         "machine": machine(device),
         "torch": torch.__version__,
         "precision": precision(config, device),
         **{key: config[key] for key in ("compile", "graph", "checkpointing")},
         "threads": torch.get_num_threads(),
-        "params": parameters(agent),
     }

@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser.add_argument("--rounds", type=int, default=3, help="times that each is run")
     parser.add_argument("--limit", type=float, default=1800, help="seconds that a command may take")
     args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: at least 1")
     runs: dict[str, list[dict]] = {"ours": [], "theirs": []}
     with tempfile.TemporaryDirectory() as folder:
         for index in range(args.rounds):

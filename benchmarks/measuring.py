@@ -8,7 +8,7 @@ import resource
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
@@ -248,6 +248,29 @@ def matmul_rate(device: torch.device, repeats: int = 8) -> float:
     out = torch.empty_like(left)
     times = measure(lambda: torch.mm(left, right, out=out), repeats=repeats, finish=waiter(device))
     return 2 * size**3 / min(times.kept)
+
+
+def kernels(work: Callable[[], object], device: torch.device, calls: int = 3) -> dict[str, float]:
+    """Number and seconds of the kernels (and copies) that a call of `work` runs on a CUDA device; nothing elsewhere.
+
+    What its time has beyond those seconds are gaps, in which the device waits for launches.
+    """
+    if device.type != "cuda":
+        return {}
+    finish = waiter(device)
+    finish()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            work()
+        finish()
+    return kernel_sums(profile.key_averages(), calls)
+
+
+def kernel_sums(events: Iterable, calls: int) -> dict[str, float]:
+    """Of a profile of `calls` calls: per call, how many kernels ran and their seconds."""
+    ran = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    spent = sum(e.self_device_time_total for e in ran) / 1e6
+    return {"kernels": sum(e.count for e in ran) / calls, "kernel_s": spent / calls}
 
 
 # The machine

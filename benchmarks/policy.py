@@ -3,7 +3,7 @@
     python benchmarks/policy.py --envs 4                    # workload V
     python benchmarks/policy.py --obs proprio --threads 2   # workload P
 
-Any key of the configuration may follow.
+`--fresh` lays the weights out at every act, as a run does after every update. Any key of the configuration may follow.
 """
 
 import itertools
@@ -11,32 +11,39 @@ from collections.abc import Callable, Sequence
 
 import common
 import numpy as np
-from measuring import measure, peak_bytes, waiter
-from report import amount, emit, gibibytes, seconds, table
+from measuring import count_flop, matmul_rate, measure, peak_bytes, waiter
+from report import amount, emit, gibibytes, seconds, share, table
 
 from dreamer import Dreamer
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
     parser = common.parser(__doc__, warmup=10)
-    parser.add_argument("--envs", type=int, default=4, help="environments that are acted for at once")
+    parser.add_argument("--envs", type=common.positive, default=4, help="environments that are acted for at once")
+    parser.add_argument("--fresh", action="store_true", help="weights that changed since the act before")
     args = common.parse(parser, argv)
     agent = common.make_agent(args.obs, args.config)
     times = measure(
-        actor(agent, args.obs, args.config, args.envs),
+        actor(agent, args.obs, args.config, args.envs, args.fresh),
         repeats=args.repeats,
         warmup=args.warmup,
         finish=waiter(agent.device),
     )
-    summary = times.summary()
-    facts = common.facts("policy", args, agent) | {"envs": args.envs}
-    result = facts | summary | {"median_ms": 1e3 * times.median, "peak_bytes": peak_bytes(agent.device)}
+    peak = peak_bytes(agent.device)
+    plain = common.make_agent(args.obs, common.eager(args.config))
+    flop = count_flop(actor(plain, args.obs, args.config, args.envs)).flop
+    rate, best = flop / times.median, matmul_rate(agent.device)
+    facts = common.facts("policy", args, agent) | {"envs": args.envs, "fresh": args.fresh}
+    arithmetic = {"flop": flop, "flop_per_s": rate, "matmul_flop_per_s": best, "share": rate / best}
+    result = facts | times.summary() | {"median_ms": 1e3 * times.median} | arithmetic | {"peak_bytes": peak}
     rows = [
         ("actions of all environments, median", seconds(result["median_s"])),
         ("min to max", f"{seconds(result['min_s'])} to {seconds(result['max_s'])}"),
         ("samples (taken beside busy neighbours)", f"{result['samples']} ({result['noisy']})"),
         ("first time", seconds(result["first_s"])),
         ("parameters", amount(result["params"])),
+        ("arithmetic", amount(flop, "FLOP")),
+        ("share of a matrix product's rate", share(result["share"])),
         ("peak memory", gibibytes(result["peak_bytes"])),
     ]
     title = f"{args.obs}, {args.size}, {args.envs} environments, {result['precision']}, {result['machine']}"
@@ -44,8 +51,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
     return emit(result)
 
 
-def actor(agent: Dreamer, obs: str, config: common.Config, envs: int) -> Callable[[], object]:
-    """A function that acts once, on the next of a few random observations, and carries the state on."""
+def actor(agent: Dreamer, obs: str, config: common.Config, envs: int, fresh: bool = False) -> Callable[[], object]:
+    """A function that acts once, on the next of a few random observations, and carries the state on.
+
+    fresh: as if the weights had changed since.
+    """
     rng = np.random.default_rng(config.seed)
     obs_space, _ = common.spaces(obs, config)
     flags = {key: np.zeros(envs, bool) for key in ("is_first", "is_last", "is_terminal")}
@@ -55,6 +65,8 @@ def actor(agent: Dreamer, obs: str, config: common.Config, envs: int) -> Callabl
 
     def act() -> object:
         nonlocal state
+        if fresh:
+            agent.weights_changed()
         action, state = agent.policy(next(upcoming), state)
         return action, agent.latents(state)
 
@@ -62,4 +74,4 @@ def actor(agent: Dreamer, obs: str, config: common.Config, envs: int) -> Callabl
 
 
 if __name__ == "__main__":
-    main()
+    common.command(main)

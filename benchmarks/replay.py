@@ -4,7 +4,8 @@
     python benchmarks/replay.py --obs vision --stored 1e4 1e5  # 64x64x3 images, size12m's latents
 
 If sampling does not depend on what is stored, its column stays the same from the first row to the last. Sizes that
-would not fit in memory are left out and named. Any key of the configuration may follow.
+would not fit in memory are left out and named. The line of JSON tells the times of the largest, and of all as `points`.
+Any key of the configuration may follow.
 """
 
 import time
@@ -12,7 +13,8 @@ from collections.abc import Sequence
 
 import common
 import numpy as np
-from measuring import available_bytes, loglog_slope, measure, resident_bytes
+import torch
+from measuring import available_bytes, loglog_slope, measure, peak_bytes, resident_bytes
 from report import amount, emit, gibibytes, seconds, table
 
 from replay import Replay
@@ -60,10 +62,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
         times = measure(lambda out=batch: replay.sample(config.batch_size, out), repeats=args.repeats)
         growth = {"add_s": took / added, "resident_bytes_per_step": grown / added}
         points.append({"stored": stored, **times.summary(), **growth})
-    estimate = replay.bytes_per_step
-    facts = {"bench": "replay", "size": args.size, "obs": args.obs, "batch": config.batch_size}
-    facts |= {"length": config.batch_length, "streams": config.envs, "left_out": rest}
-    facts |= {"bytes_per_step": estimate, "points": points}
+    estimate, cpu = replay.bytes_per_step, torch.device("cpu")
+    facts = {"bench": "replay", "size": args.size, "obs": args.obs} | common.setting(config, cpu)
+    facts |= {"batch": config.batch_size, "length": config.batch_length, "streams": config.envs, "left_out": rest}
+    facts |= {"bytes_per_step": estimate, "peak_bytes": peak_bytes(cpu), "points": points}
+    facts |= points[-1] if points else {}
     if len(points) > 1:
         facts["slope"] = loglog_slope([p["stored"] for p in points], [p["median_s"] for p in points])
     title = f"batches of {config.batch_size} x {config.batch_length}, {args.obs}, latents of {args.size}"
@@ -116,4 +119,4 @@ def row(point: dict, estimate: int) -> tuple:
 
 
 if __name__ == "__main__":
-    main()
+    common.command(main)

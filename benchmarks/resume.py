@@ -82,4 +82,4 @@ def read_returns(path: Path) -> list[tuple[int, float]]:
 
 
 if __name__ == "__main__":
-    sys.exit(not main()["went_on"])
+    sys.exit(not common.command(main)["went_on"])

@@ -4,15 +4,17 @@
     python benchmarks/scaling.py --factors 0.25 0.5 1 2 4 --plot scaling.png
 
 A slope of 1 (of log time over log size) is a cost in proportion; under 1, some of it is fixed. `off line` is the
-largest distance from a straight line a + b x: next to 0 where the cost grows linearly. Any key of the configuration may
+largest distance from a straight line a + b x: next to 0 where the cost grows linearly. In several `--rounds` every size
+is measured once in each, so that a machine that changes its pace bends no curve. Any key of the configuration may
 follow.
 """
 
+import statistics
 from collections.abc import Sequence
 
 import common
 import torch
-from measuring import deviation, loglog_slope, measure
+from measuring import Times, deviation, loglog_slope, measure, peak_bytes
 from report import emit, seconds, share, table
 
 AXES = {"batch": "batch_size", "length": "batch_length", "horizon": "imag_horizon"}
@@ -22,37 +24,38 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser = common.parser(__doc__, repeats=5)
     parser.add_argument("--factors", type=float, nargs="+", default=[0.5, 1, 2], help="of the workload's own sizes")
     parser.add_argument("--plot", metavar="FILE.png", help="also draw the curves")
+    parser.add_argument("--rounds", type=common.positive, default=1, help="times that every size is measured")
     args = common.parse(parser, argv)
-    known: dict[tuple, dict] = {}
-
-    def time(**sizes: int) -> dict:
-        config = args.config.replace(**sizes)
-        key = tuple(config[name] for name in AXES.values())
-        if key not in known:
-            known[key] = update(args, config)
-        return known[key]
-
+    base = {key: args.config[key] for key in AXES.values()}
+    axes = {key: sorted({max(2, round(size * factor)) for factor in args.factors}) for key, size in base.items()}
+    points: dict[tuple, list[Times]] = {
+        tuple((base | {key: value}).items()): [] for key, values in axes.items() for value in values
+    }
+    for _ in range(args.rounds):
+        for sizes, times in points.items():
+            times.append(update(args, args.config.replace(**dict(sizes))))
     curves = {}
     for axis, key in AXES.items():
-        values = sorted({max(2, round(args.config[key] * factor)) for factor in args.factors})
-        points = [time(**{key: value}) for value in values]
-        medians = [point["median_s"] for point in points]
-        curves[axis] = {"values": values, "median_s": medians, "noisy": sum(point["noisy"] for point in points)}
+        values, found = axes[key], [points[tuple((base | {key: value}).items())] for value in axes[key]]
+        medians = [statistics.median(took for times in rounds for took in times.kept) for rounds in found]
+        noisy = sum(len(times.noisy) for rounds in found for times in rounds)
+        curves[axis] = {"values": values, "median_s": medians, "noisy": noisy}
         if len(values) > 1:
             curves[axis] |= {"slope": loglog_slope(values, medians), "off_line": deviation(values, medians)}
         show(axis, curves[axis])
     if args.plot:
         plot(curves, args.plot)
-    facts = common.facts("scaling", args, common.make_agent(args.obs, common.eager(args.config)))
+    agent = common.make_agent(args.obs, common.eager(args.config))
+    facts = common.facts("scaling", args, agent) | base | {"peak_bytes": peak_bytes(agent.device)}
     return emit(facts | {"curves": curves})
 
 
-def update(args, config: common.Config) -> dict:
+def update(args, config: common.Config) -> Times:
     """Times whole updates of this configuration."""
     learner = common.Learner(args.obs, config)
     times = measure(learner.update, repeats=args.repeats, warmup=args.warmup, finish=learner.finish)
     torch.compiler.reset()  # compiled for other sizes, which may not be looked up for these
-    return times.summary()
+    return times
 
 
 def show(axis: str, curve: dict) -> None:
@@ -80,4 +83,4 @@ def plot(curves: dict, path: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.command(main)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import common
 import torch
-from measuring import Phases, count_flop, matmul_rate, measure, peak_bytes, waiter
+from measuring import Phases, count_flop, kernels, matmul_rate, measure, peak_bytes, waiter
 from report import amount, emit, gibibytes, seconds, share, table
 
 # Methods of the learner and what their time counts as. A method inside another one's time counts for itself.
@@ -53,6 +53,7 @@ def update(args: argparse.Namespace) -> dict:
     facts = head("train_step", args, learner)
     times = measure(learner.update, repeats=args.repeats, warmup=args.warmup, finish=learner.finish)
     peak = peak_bytes(learner.device)
+    ran = kernels(learner.update, learner.device)
     if args.profile:
         profile(learner)
     if common.eager(config) != config:
@@ -66,7 +67,7 @@ def update(args: argparse.Namespace) -> dict:
         print(f"Without a formula, so not in the FLOP: {', '.join(counter.uncounted)}")
     rate, best = counter.flop / times.median, matmul_rate(learner.device)
     arithmetic = {"flop": counter.flop, "flop_per_s": rate, "matmul_flop_per_s": best, "share": rate / best}
-    result = facts | times.summary() | arithmetic | {"peak_bytes": peak}
+    result = facts | times.summary() | arithmetic | {"peak_bytes": peak} | ran
     show(result)
     return emit(result)
 
@@ -97,6 +98,8 @@ def show(result: dict) -> None:
         ("share of it", share(result["share"])),
         ("peak memory", gibibytes(result["peak_bytes"])),
     ]
+    if "kernels" in result:
+        rows.append(("kernels", f"{result['kernels']:,.0f}, which take {seconds(result['kernel_s'])}"))
     table(title(result), ("one full update", ""), rows)
 
 
@@ -132,4 +135,4 @@ def profile(learner: common.Learner) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.command(main)

@@ -4,22 +4,27 @@
     python benchmarks/training.py --configs dmc_vision --task dmc_walker_walk --frames 4000
 
 The arguments are those of dreamer.py. The run lives in a temporary folder and does not evaluate; it is measured from
-the `--warmup`-th update on, for `--frames` frames or `--seconds`. `busy` is the share of the time that the device works
-on updates: on CUDA between events around each, on a CPU the time inside of them.
+the `--warmup`-th update on, for `--frames` frames or `--seconds`.
+
+`busy` is the share of the time that the device works on updates. On CUDA that is the seconds of an update's kernels, by
+a profile of a few updates after the run, times the updates per second; `in_updates`, between events around each update,
+also has the gaps between its kernels. On a CPU both are the time inside of updates. `median_s` is from one update's end
+to the next one's, environments and all.
 """
 
 import argparse
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 
 import common
 import torch
-from measuring import Phases, machine, peak_bytes, waiter
-from report import emit, gibibytes, seconds, share, table
+from measuring import Phases, count_flop, kernels, peak_bytes, waiter
+from report import amount, emit, gibibytes, seconds, share, table
 
 import tools
-from dreamer import Trainer
+from dreamer import Dreamer, Trainer
 
 PARTS = (
     ("_act", "policy"),
@@ -59,7 +64,14 @@ class Busy:
 
 
 class Watch:
-    """Looks at a run at every step of its environments: starts when it is warm, and stops it when enough was seen."""
+    """Looks at a run at every step of its environments: starts when it is warm, and stops it when enough was seen.
+
+    Attributes, once it has stopped (`took` is 0 before):
+        took, seen, updates: seconds, frames and updates that were measured.
+        seconds: by part of the run.
+        in_updates: seconds that the device spent in updates.
+        ends: times at which updates were done, or on CUDA queued.
+    """
 
     def __init__(self, trainer: Trainer, warmup: int, frames: int, limit: float):
         self.trainer, self.warmup, self.frames, self.limit = trainer, warmup, frames, limit
@@ -67,6 +79,14 @@ class Watch:
         for path, label in PARTS:
             self.parts.wrap(trainer, path, label)
         self.busy = Busy(trainer) if trainer.device.type == "cuda" else None
+        self.ends: list[float] = []
+        update = trainer._update
+
+        def noted() -> None:
+            update()
+            self.ends.append(time.perf_counter())
+
+        trainer._update = noted
         self.begun: tuple[float, int, int] | None = None
         self.took = self.seen = self.updates = 0
         self._wait = waiter(trainer.device)
@@ -84,6 +104,7 @@ class Watch:
             if trainer.updates >= self.warmup:
                 self._wait()
                 self.parts.seconds.clear()
+                self.ends.clear()
                 if self.busy:
                     self.busy.clear()
                 self.begun = (time.perf_counter(), trainer.frames, trainer.updates)
@@ -96,7 +117,7 @@ class Watch:
             self._wait()
             self.took = time.perf_counter() - start
             self.seconds = dict(self.parts.seconds)
-            self.busy_s = self.busy.seconds() if self.busy else self.seconds.get("updates", 0.0)
+            self.in_updates = self.busy.seconds() if self.busy else self.seconds.get("updates", 0.0)
             trainer.shutdown.requested = True  # the run saves and ends, as after Ctrl-C
 
 
@@ -104,9 +125,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--frames", type=int, default=4000, help="frames to measure")
+    parser.add_argument("--frames", type=common.positive, default=4000, help="frames to measure")
     parser.add_argument("--seconds", type=float, default=300, help="longest time to measure")
-    parser.add_argument("--warmup", type=int, default=20, help="updates before that")
+    parser.add_argument("--warmup", type=common.natural, default=20, help="updates before that")
     args, keys = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         config = common.load(*keys, *ALONE, *ENDLESS, "--logdir", folder)
@@ -122,19 +143,26 @@ def main(argv: Sequence[str] | None = None) -> dict:
     return report(watch, config)
 
 
+def arithmetic(trainer: Trainer) -> dict[str, float]:
+    """FLOP of an update of this run, and on CUDA its kernels (see `measuring.kernels`)."""
+    batch = trainer.replay.sample(trainer.config.batch_size)
+    batch = trainer.agent.to_device({**batch, "context": batch.context})
+    ran = kernels(lambda: trainer.agent.train_step(batch), trainer.device)
+    plain = Dreamer(trainer.obs_space, trainer.act_space, common.eager(trainer.config), trainer.device)
+    return ran | {"flop": count_flop(lambda: plain.train_step(batch)).flop}
+
+
 def report(watch: Watch, config: common.Config) -> dict:
     agent, device, took = watch.trainer.agent, watch.trainer.device, watch.took
+    peak, counted = peak_bytes(device), arithmetic(watch.trainer)
+    between = [end - start for start, end in zip(watch.ends, watch.ends[1:], strict=False)] or [took]
+    in_updates = watch.in_updates / took
     shares = {label: spent / took for label, spent in sorted(watch.seconds.items(), key=lambda item: -item[1])}
     shares["other"] = 1 - sum(shares.values())
     result = {
         "bench": "training",
         "task": config.task,
-        "device": device.type,
-        "machine": machine(device),
-        "torch": torch.__version__,
-        "precision": common.precision(config, device),
-        **{key: config[key] for key in ("compile", "graph", "checkpointing")},
-        "threads": torch.get_num_threads(),
+        **common.setting(config, device),
         "params": common.parameters(agent),
         "envs": config.envs,
         "train_ratio": config.train_ratio,
@@ -146,16 +174,23 @@ def report(watch: Watch, config: common.Config) -> dict:
         "frames_per_s": watch.seen / took,
         "agent_steps_per_s": watch.seen / config.action_repeat / took,
         "updates_per_s": watch.updates / took,
-        "busy": watch.busy_s / took,
+        "median_s": statistics.median(between),
+        "min_s": min(between),
+        "busy": counted["kernel_s"] * watch.updates / took if "kernel_s" in counted else in_updates,
+        "in_updates": in_updates,
+        **counted,
+        "flop_per_s": counted["flop"] * watch.updates / took,
         "shares": shares,
-        "peak_bytes": peak_bytes(device),
+        "peak_bytes": peak,
     }
     rows = [
         ("measured", f"{watch.seen:,} frames, {watch.updates:,} updates in {seconds(took)}"),
         ("frames per second", f"{result['frames_per_s']:.1f}"),
         ("agent steps per second", f"{result['agent_steps_per_s']:.1f}"),
         ("updates per second", f"{result['updates_per_s']:.2f}"),
+        ("arithmetic of updates", amount(result["flop_per_s"], "FLOP/s")),
         ("device busy with updates", share(result["busy"])),
+        ("gaps between their kernels included", share(result["in_updates"])),
         *((f"time in: {label}", share(spent)) for label, spent in shares.items()),
         ("peak memory", gibibytes(result["peak_bytes"])),
     ]
@@ -165,4 +200,4 @@ def report(watch: Watch, config: common.Config) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    common.command(main)

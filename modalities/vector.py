@@ -37,17 +37,23 @@ def width(space: gs.Space) -> int:
     return sum(classes(space)) or int(np.prod(space.shape))
 
 
-def as_vector(value: Shaped[Tensor, "..."], space: gs.Space, symlogged: bool) -> Float[Tensor, "*b width"]:
-    """Flattens what comes after the leading axes; one-hot for discrete spaces, symlog for numbers if asked."""
-    lead = value.shape[: value.ndim - len(space.shape)]
-    value = value.reshape(*lead, -1)
-    sizes = classes(space)
-    if sizes:
-        index = value.long()
-        starts = np.broadcast_to(np.asarray(getattr(space, "start", 0)).reshape(-1), len(sizes)).tolist()
-        return torch.cat([one_hot(index[..., i] - starts[i], n, torch.float32) for i, n in enumerate(sizes)], -1)
-    value = value if value.is_floating_point() else value.float()
-    return symlog(value) if symlogged else value
+class AsVector:
+    """Observations of a space as vectors: flattened after the leading axes; one-hot for discrete spaces, symlog for
+    numbers if asked. The space is read once, here: what is compiled sees plain numbers.
+    """
+
+    def __init__(self, space: gs.Space, symlogged: bool):
+        self.axes, self.sizes, self.symlogged = len(space.shape), classes(space), symlogged
+        starts = np.asarray(getattr(space, "start", 0)).reshape(-1)
+        self.starts = np.broadcast_to(starts, len(self.sizes)).tolist()
+
+    def __call__(self, value: Shaped[Tensor, "..."]) -> Float[Tensor, "*b width"]:
+        value = value.reshape(*value.shape[: value.ndim - self.axes], -1)
+        if self.sizes:
+            columns = zip(value.long().unbind(-1), self.starts, self.sizes, strict=True)
+            return torch.cat([one_hot(index - start, n, torch.float32) for index, start, n in columns], -1)
+        value = value if value.is_floating_point() else value.float()
+        return symlog(value) if self.symlogged else value
 
 
 class VectorEncoder(nn.Module):
@@ -55,14 +61,14 @@ class VectorEncoder(nn.Module):
 
     def __init__(self, spaces: dict, *, units: int, layers: int, symlog: bool = True, act: str = "silu", **_):
         super().__init__()
-        self.spaces, self.symlog = spaces, symlog
+        self.vectors = {key: AsVector(space, symlog) for key, space in spaces.items()}
         self.mlp = MLP(sum(width(space) for space in spaces.values()), units, layers, act)
         self.out_size = self.mlp.out_size
 
     def forward(self, obs: dict[str, Tensor], present: dict[str, Tensor]) -> Float[Tensor, "*b out"]:
         parts = []
-        for key, space in self.spaces.items():
-            part = as_vector(obs[key], space, self.symlog)
+        for key, as_vector in self.vectors.items():
+            part = as_vector(obs[key])
             parts.append(part * present[key].unsqueeze(-1) if key in present else part)
         return self.mlp(
             torch.cat(parts, -1).to(self.mlp[0].linear.weight.dtype) if len(self.mlp) else torch.cat(parts, -1)
@@ -86,7 +92,8 @@ class VectorDecoder(nn.Module):
         **_,
     ):
         super().__init__()
-        self.spaces, self.dist = spaces, vector_dist
+        self.discrete, self.dist = {key: bool(classes(space)) for key, space in spaces.items()}, vector_dist
+        self.vectors = {key: AsVector(space, symlogged=False) for key, space in spaces.items()}
         self.mlp = MLP(deter + stoch, units, layers, act)
         self.out = nn.ModuleDict(
             {
@@ -102,15 +109,16 @@ class VectorDecoder(nn.Module):
     ) -> dict[str, Joint | Normal | SquaredError]:
         x = self.mlp(torch.cat([deter, stoch], -1))
         return {
-            key: self._dist([layer(x) for layer in self.out[safe(key)]], space) for key, space in self.spaces.items()
+            key: self._dist([layer(x) for layer in self.out[safe(key)]], discrete)
+            for key, discrete in self.discrete.items()
         }
 
     def target(self, key: str, value: Tensor) -> Float[Tensor, "*b width"]:
         """What the distribution of `key` is scored on."""
-        return as_vector(value, self.spaces[key], symlogged=False)
+        return self.vectors[key](value)
 
-    def _dist(self, outs: list[Tensor], space: gs.Space) -> Joint | Normal | SquaredError:
-        if classes(space):
+    def _dist(self, outs: list[Tensor], discrete: bool) -> Joint | Normal | SquaredError:
+        if discrete:
             return Joint([OneHot(logits) for logits in outs])
         if self.dist == "normal":
             return Normal(outs[0])

@@ -24,6 +24,7 @@ import resume  # noqa: E402
 import scaling  # noqa: E402
 import train_step  # noqa: E402
 import training  # noqa: E402
+from torch.autograd import DeviceType  # noqa: E402
 
 from layers import BlockLinear, Linear  # noqa: E402
 
@@ -231,6 +232,50 @@ def test_last_line_of_json():
     assert report.last_json("nothing") is None
 
 
+# Kernels
+
+
+class Kernel:
+    """An entry of a profile."""
+
+    def __init__(self, count, microseconds, device_type=DeviceType.CUDA, is_user_annotation=False):
+        self.count, self.self_device_time_total, self.device_type = count, microseconds, device_type
+        self.is_user_annotation = is_user_annotation
+
+
+def test_kernels_are_those_that_run_on_the_device():
+    ran, launched = [Kernel(30, 600.0), Kernel(3, 150.0)], Kernel(9, 0.0, DeviceType.CPU)
+    events = [*ran, launched, Kernel(3, 9e6, is_user_annotation=True)]
+    found = measuring.kernel_sums(events, calls=3)
+    assert found == {"kernels": 11, "kernel_s": pytest.approx(250e-6)}
+    assert measuring.kernels(lambda: None, torch.device("cpu")) == {}
+
+
+def test_time_of_updates_on_the_device(monkeypatch):
+    """By events around each, with a clock in the place of the device's."""
+    now = iter([0.0, 2.0, 10.0, 13.0, 20.0, 21.0])
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(now)
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    class Run:
+        class agent:  # noqa: N801
+            train_step = staticmethod(lambda batch: 2 * batch)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    busy = training.Busy(Run)
+    assert [Run.agent.train_step(n) for n in (1, 2)] == [2, 4] and busy.seconds() == 5
+    busy.clear()
+    assert Run.agent.train_step(3) == 6 and busy.seconds() == 1
+
+
 # The scripts
 
 
@@ -262,7 +307,8 @@ def test_profile(capsys):
 def test_policy(capsys):
     policy.main([*TINY, "--envs", "3"])
     found = last_line(capsys)
-    assert MACHINE | TIMES <= found.keys() and found["envs"] == 3
+    assert MACHINE | TIMES | {"flop", "share"} <= found.keys() and found["envs"] == 3
+    assert policy.main([*TINY, "--envs", "3", "--fresh"])["flop"] == found["flop"]
     assert found["median_ms"] == pytest.approx(1e3 * found["median_s"])
 
 
@@ -274,13 +320,16 @@ def test_replay(capsys, monkeypatch):
     module.main([*TINY, "--stored", "300", "1000", "1e9"])
     found = last_line(capsys)
     assert [point["stored"] for point in found["points"]] == [300, 1000] and found["left_out"] == [10**9]
+    assert (MACHINE - {"params"}) | TIMES <= found.keys() and found["median_s"] == found["points"][-1]["median_s"]
     assert TIMES | {"add_s", "resident_bytes_per_step"} <= found["points"][0].keys()
     assert found["bytes_per_step"] > 24 * 4 and "slope" in found
 
 
 def test_scaling(capsys):
-    scaling.main([*TINY, "--factors", "0.5", "1", "--batch_length", "4"])
-    curves = last_line(capsys)["curves"]
+    scaling.main([*TINY, "--factors", "0.5", "1", "--batch_length", "4", "--rounds", "2"])
+    found = last_line(capsys)
+    assert MACHINE <= found.keys() and (found["batch_size"], found["batch_length"], found["imag_horizon"]) == (4, 4, 4)
+    curves = found["curves"]
     assert {axis: curve["values"] for axis, curve in curves.items()} == {
         "batch": [2, 4],
         "length": [2, 4],
@@ -300,25 +349,33 @@ def test_training(capsys, monkeypatch):
     keys = ("--configs", "debug", "--task", "gym_CartPole-v1", "--device", "cpu", "--batch_size", "2")
     training.main(["--frames", "20", "--warmup", "2", *keys])
     found = last_line(capsys)
-    assert MACHINE <= found.keys() and found["frames"] >= 20 and found["updates"] > 0
+    assert MACHINE | {"flop", "flop_per_s"} <= found.keys() and found["frames"] >= 20 and found["updates"] > 0
+    assert 0 < found["min_s"] <= found["median_s"] < found["seconds"] and found["busy"] == found["in_updates"]
     assert 0 < found["busy"] <= 1 and {"policy", "environments", "storing", "updates"} <= found["shares"].keys()
     assert sum(found["shares"].values()) == pytest.approx(1)
     assert found["agent_steps_per_s"] == pytest.approx(found["frames"] / found["seconds"])
 
 
 def test_bf16(capsys):
-    found = bf16.main([*TINY, "--updates", "1", "--batches", "1", "--tolerance", "10"])
-    assert last_line(capsys) == found
-    assert found["within"] and found["differences"]["rec/vector"] < 0.02 and "total" in found["differences"]
-    assert found["gradient_cosines"].keys() == {"world", "actor", "critic"} and found["gradient_cosines"]["world"] > 0.9
+    """A fresh critic's `value` is a sum of huge bins that cancel: all else is near float32 from the first update on."""
+    for precision in ("bfloat16", "float16"):
+        command = [*TINY, "--updates", "1", "--batches", "1", "--precision", precision]
+        found = bf16.main([*command, "--tolerance", "10"])
+        assert last_line(capsys) == found and found["precision"] == precision
+        conditioned = {name: e for name, e in found["differences"].items() if name not in ("policy", "value", "repval")}
+        assert conditioned.keys() > {"rec/vector", "dyn", "rep", "rew", "con"} and 0 < max(conditioned.values()) < 0.02
+        assert found["gradient_cosines"].keys() == {"world", "actor", "critic"}
+        assert found["gradient_cosines"]["world"] > 0.99
+        assert found["within"] and not bf16.main([*command, "--tolerance", "0"])["within"]
 
 
 def test_resume(capsys, tmp_path, monkeypatch):
-    """With a program in the place of dreamer.py that counts to the end or to Ctrl-C."""
+    """With a program in the place of dreamer.py that works until Ctrl-C."""
     (tmp_path / "dreamer.py").write_text(PROGRAM)
     monkeypatch.setattr(common, "ROOT", tmp_path)
-    command = ["--seconds", "20", "--logdir", str(tmp_path / "run"), "--", "--key", "value"]
-    assert resume.main(command)["went_on"]
+    command = ["--seconds", "4", "--logdir", str(tmp_path / "run"), "--", "--key", "value"]
+    found = resume.main(command)
+    assert found["went_on"] and all(3.5 < seconds < 30 for seconds in found["seconds"])
     found = last_line(capsys)
     assert found["updates"] == [3, 6] and found["returns"] == [[5, 1.5], [10, 1.5]]
     with pytest.raises(SystemExit, match="holds a run already"):
@@ -326,7 +383,12 @@ def test_resume(capsys, tmp_path, monkeypatch):
 
 
 PROGRAM = """
-import json, sys, pathlib, torch
+import json, sys, pathlib, time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    pass
+import torch
 logdir = pathlib.Path(sys.argv[-1])
 logdir.mkdir(exist_ok=True)
 path, counters = logdir / "latest.pt", {"frames": 0, "updates": 0}
@@ -340,10 +402,23 @@ with open(logdir / "metrics.jsonl", "a") as file:
 """
 
 
-def test_a_mistyped_key_is_one_line(capsys):
-    with pytest.raises(SystemExit):
-        train_step.main([*TINY, "--batchsize", "3"])
-    assert "batch_size" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "main, flags, told",
+    [
+        (train_step.main, "--batchsize 3", "batch_size"),
+        (train_step.main, "--graph true", "graph"),
+        (train_step.main, "--repeats 0", "--repeats"),
+        (train_step.main, "--warmup -1", "--warmup"),
+        (policy.main, "--envs 0", "--envs"),
+        (policy.main, "--replay_device cuda --device nothing", "nothing"),
+        (scaling.main, "--replay_device cuda", "replay_device"),
+    ],
+)
+def test_a_mistake_is_one_line(main, flags, told, capsys):
+    with pytest.raises(SystemExit) as error:
+        common.command(lambda: main([*TINY, *flags.split()]))
+    message = capsys.readouterr().err or str(error.value)
+    assert told in message.splitlines()[-1], message
 
 
 def test_gpu_script_names_its_stages():

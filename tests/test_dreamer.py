@@ -717,6 +717,8 @@ OPTIONS = [
     "--grad_heads reward cont",
     "--opt.name adam --opt.agc 0 --opt.clip 1000 --opt.eps 1e-8 --opt.actor_lr 3e-5 --opt.critic_lr 3e-5",
     "--precision bfloat16",
+    "--precision float16",
+    "--checkpointing true --imag_last 2",
     "--critic.slow_target true --critic.slow_target_update 2 --critic.slow_target_fraction 1",
     "--critic.slow_regularizer 0",
     "--encoder.symlog false --*.act elu",
@@ -806,6 +808,8 @@ def compare_compiled(*flags: str, discrete: bool = False) -> None:
     errors["action"] = abs(actions[0] - actions[1]).max()
     worst = max(errors, key=errors.get)
     print(f"largest error: {errors[worst]:.1e} ({worst}), of {len(errors)}")
+    breaks = dict(torch._dynamo.utils.counters["graph_break"])
+    assert not breaks, f"not compiled as one: {breaks}"
     assert len(errors) > 100 and errors[worst] < 1e-5
 
 
@@ -813,7 +817,12 @@ def compare_compiled(*flags: str, discrete: bool = False) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "flags, discrete",
-    [("", False), ("--imag_gradient dynamics", True), ("--dyn.discrete 0 --dyn.cell gru", False)],
+    [
+        ("", False),
+        ("--imag_gradient dynamics", True),
+        ("--dyn.discrete 0 --dyn.cell gru", False),
+        ("--checkpointing true", True),
+    ],
 )
 def test_compiled_steps_give_the_same_numbers(flags, discrete):
     """In a process of its own: compilers do not look through the checking of shapes in these tests' type hints."""
@@ -1012,7 +1021,7 @@ def test_acting_sees_the_latest_weights():
     agent.train_step(random_batch(agent))
     after = act(agent)
     assert not torch.allclose(after, before)
-    agent.snapshot = None
+    agent.weights_changed()
     assert torch.equal(act(agent), after)
     fresh.restore(agent.checkpoint())
     assert torch.equal(act(fresh), after)

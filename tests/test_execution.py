@@ -76,6 +76,16 @@ def test_checkpointing_changes_no_number_and_keeps_less():
     assert kept(again) < 0.6 * kept(plain)
 
 
+@pytest.mark.parametrize("recompute", ["false", "true"], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("stride", [4, 6, 100])
+def test_several_steps_of_the_scan_as_one_change_no_number(stride, recompute):
+    assert T % 4, "the last call is to be a shorter one"
+    plain, other = make(), make("--checkpointing", recompute)
+    other.world_model.rssm.stride = stride
+    for one, two in zip(losses_and_gradients(plain), losses_and_gradients(other), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
 def test_imag_last_is_the_behaviours_loss_on_the_last_states_alone():
     whole, last = make(), make("--imag_last", "2")
     batch = make_batch(whole)
@@ -195,6 +205,7 @@ def test_captured_keeps_signatures_apart():
 def test_captured_updates_and_acting_equal_plain_ones():
     plain, graph = make(), make()
     graph._update, graph._act = OnCPU(graph._update, warmup=1), OnCPU(graph._act, warmup=1, copies=True)
+    graph._lay_out = lambda: None
     graph._update.capture = once_without_effect(graph, graph._update)
     states = {agent: [agent.initial(2), agent.initial(2)] for agent in (plain, graph)}
     for turn in range(4):
@@ -269,7 +280,7 @@ def test_late_gradients_are_computed_in_the_precision_of_the_products():
         },
         agent.initial(1),
     )
-    assert {weight.dtype for weight, _ in agent.snapshot[0].values()} == {torch.bfloat16}
+    assert {weight.dtype for weight, _ in agent.layout[0].values()} == {torch.bfloat16}
 
 
 def test_resuming_in_another_precision_keeps_the_loss_scale():
