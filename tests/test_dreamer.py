@@ -746,6 +746,7 @@ def test_several_discrete_actions_learn():
 
 def check_learns(agent: Dreamer) -> None:
     """Three updates: finite, every part moves, latents come back as they are stored."""
+    agent.optimizer.scale.clamp_(max=64.0)  # of float16, which overflows at first until its scale has come down
     before = weights(agent)
     for seed in range(3):
         metrics, (deter, stoch) = agent.train_step(random_batch(agent, seed=seed))
@@ -1081,24 +1082,34 @@ def test_updates_follow_the_agent_steps(tmp_path):
     register_env("toy", lambda config, mode, index: Toy(length=7 + index))
     flags = "--task toy --envs 3 --steps 240 --action_repeat 2 --prefill 50 --pretrain 5 --train_ratio 12".split()
     trainer = make_trainer(tmp_path, *flags, "--time_limit", 0)
-    trace, sent, chosen = [], [], []
+    trace, sent, chosen, order = [], [], [], []
     train, send, policy = trainer.train, trainer.envs.send, trainer.agent.policy
+    receive = trainer.envs.receive
 
     def traced_train():
         train()
         trace.append((trainer.replay.steps, trainer.updates))
+        order.append("train")
 
     def traced_send(action):
         sent.append(action.copy())
+        order.append("send")
         send(action)
+
+    def traced_receive():
+        order.append("receive")
+        return receive()
 
     def traced_policy(*args, **kwargs):
         chosen.append(trainer.replay.steps)
         return policy(*args, **kwargs)
 
     trainer.train, trainer.envs.send, trainer.agent.policy = traced_train, traced_send, traced_policy
+    trainer.envs.receive = traced_receive
     with contextlib.closing(trainer):
         trainer.run()
+    # The reset is received; then environments step while the agent learns.
+    assert order == ["receive", "train"] + ["send", "train", "receive"] * len(sent)
     begin = next(steps for steps, _ in trace if steps >= 50)
     assert begin < 53 and trainer.frames == 2 * trainer.replay.steps >= 240
     for steps, updates in trace:

@@ -151,25 +151,29 @@ def check_counters(trainer: Trainer, pieces: dict[str, int], checkpoint: dict) -
 
 
 def test_same_seed_same_run(tmp_path):
-    runs = []
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        flags = [
-            *CARTPOLE,
-            "--steps",
-            "200",
-            "--seed",
-            seed,
-            "--deterministic_run",
-            "true",
-            "--logdir",
-            tmp_path / name,
-        ]
-        finish(start(*flags))
-        checkpoint = tools.load_checkpoint(tmp_path / name / "latest.pt")
-        checkpoint.pop("config")
-        runs.append((metrics(tmp_path / name), checkpoint))
-    assert runs[0][0] == runs[1][0] and runs[0][0] != runs[2][0]
-    assert_same(runs[0][1], runs[1][1])
+    """Bit for bit, and whether environments step here or in processes, beside the updates."""
+    first, again, other = (deterministic_run(tmp_path / f"{n}", seed=seed) for n, seed in enumerate((3, 3, 4)))
+    beside = deterministic_run(tmp_path / "processes", "--parallel", "process", seed=3)
+    assert first[0] == again[0] == beside[0] and first[0] != other[0]
+    assert_same(first[1], again[1])
+    assert_same(first[1], beside[1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_same_seed_same_compiled_run(tmp_path):
+    first, again = (deterministic_run(tmp_path / name, "--compile", "true", seed=3) for name in ("a", "b"))
+    assert first[0] == again[0]
+    assert_same(first[1], again[1])
+
+
+def deterministic_run(logdir: Path, *flags: str, seed: int) -> tuple[list[dict], dict]:
+    """Metrics and checkpoint."""
+    keys = ("--steps", 200, "--seed", seed, "--deterministic_run", "true", "--logdir", logdir)
+    finish(start(*CARTPOLE, *keys, *flags))
+    checkpoint = tools.load_checkpoint(logdir / "latest.pt")
+    checkpoint.pop("config")
+    return metrics(logdir), checkpoint
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
