@@ -61,6 +61,8 @@ class Dreamer(nn.Module):
         super().__init__()
         self.device = torch.device(device)
         if self.device.type == "cuda":
+            if self.device.index is None:
+                self.device = torch.device("cuda", torch.cuda.current_device())
             torch.cuda.set_device(self.device)  # streams, events and graphs belong to the current one
         self.action_size, self.classes = vector.width(act_space), vector.classes(act_space)
         shared = {"horizon": config.horizon, "contdisc": config.contdisc}
@@ -591,7 +593,7 @@ class Trainer:
                 self.logger.scalars({f"eval/{name}": np.mean(values) for name, values in entries.items()})
             if video is not None:
                 self.logger.video("eval/episode", video)
-        if config.video_pred_log and self.eval_replay and self.eval_replay.windows:
+        if config.video_pred_log and self.eval_replay and self.eval_replay.windows and not self.shutdown.requested:
             self._log_predictions()
         if self.evaluates or config.video_pred_log:
             self.logger.write(self.frames)

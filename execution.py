@@ -4,6 +4,7 @@ The agent's steps are functions of tensors of static shapes, with every random n
 same numbers; model code does not know which it is. What each is worth is measured in docs/performance.md.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,7 @@ class Captured:
     def __init__(self, function: Callable, warmup: int = 3, copies: bool = False):
         self.function, self.warmup, self.copies = function, warmup, copies
         self.signatures: dict[tuple, Signature] = {}
+        self.side: torch.cuda.Stream | None = None
 
     def __call__(self, *inputs: Any) -> Any:
         found = list(leaves(inputs))
@@ -70,8 +72,14 @@ class Captured:
         state.replay()
         return mapped(state.outputs, torch.clone) if self.copies else state.outputs
 
+    @property
+    def stream(self):
+        """One for all warm-ups and captures of this function, as libraries keep memory for every stream they meet."""
+        self.side = self.side or torch.cuda.Stream()
+        return self.side
+
     def warm_up(self, inputs: tuple) -> Any:
-        side = torch.cuda.Stream()
+        side = self.stream
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             outputs = self.function(*inputs)
@@ -80,8 +88,9 @@ class Captured:
 
     def capture(self, inputs: tuple) -> tuple[Callable[[], None], Any]:
         """How to replay, and what that writes over. Capturing itself computes nothing."""
+        gc.collect()  # a graph that is freed in the middle of a capture would spoil it
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=self.stream):
             outputs = self.function(*inputs)
         return graph.replay, outputs
 

@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
 # What needs a GPU, in one command, in stages that are bounded in time and can be run one by one:
 #
-#   benchmarks/gpu.sh check    golden files in float32, and losses in bfloat16 beside float32 (within 2 %)
-#   benchmarks/gpu.sh table    updates in every mode, the largest network, acting, replay, and training end to end
+#   benchmarks/gpu.sh check    golden files in float32, as written and compiled; bfloat16 beside float32 (within 2 %)
+#   benchmarks/gpu.sh vision   workload V: updates in every mode and precision, acting, parts, replay on the card
+#   benchmarks/gpu.sh large    the update of size200m, training end to end, the replay's sampling
 #   benchmarks/gpu.sh train    dmc_vision walker_walk at train ratio 512, stopped in the middle and resumed
-#   benchmarks/gpu.sh all      the three, one after the other: under half an hour
+#   benchmarks/gpu.sh proprio  workload P: updates in every mode, acting, parts
+#   benchmarks/gpu.sh tests    the tests that need a card (pytest -m gpu): graphs beside what they were captured from
+#   benchmarks/gpu.sh all      all of them in this order, at most an hour
 #
-#   DEVICE=cpu QUICK=1 benchmarks/gpu.sh all     the rehearsal: the same commands on a CPU with tiny networks, minutes
+#   DEVICE=cpu QUICK=1 benchmarks/gpu.sh all          the rehearsal: the same commands on a CPU with tiny networks
+#   HALF=600 benchmarks/gpu.sh train                  twenty minutes of training instead of seven
 #
 # Logs and results.jsonl (a line per command) go to $OUT, benchmarks/out if not set. PYTHON names the interpreter, LIMIT
 # the seconds of a stage, HALF the seconds before and after the interruption, PREFIX words that go before each command.
-# Exit status 1 if anything failed; what cannot be done here is skipped, with the reason.
+# Exit status 1 if anything failed or had no time left; what cannot be done here is skipped, with the reason.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -36,7 +40,7 @@ run() { # run NAME SECONDS COMMAND...
   local name=$1 limit=$2 status=0 left=$((deadline - SECONDS)) start=$SECONDS line
   shift 2
   if ((left < 10)); then
-    say "$name" "skipped: the $LIMIT seconds of this stage are over"
+    fail "$name" "not begun: the $LIMIT seconds of this stage are over"
     return
   fi
   ((limit < left)) || limit=$left
@@ -53,11 +57,11 @@ run() { # run NAME SECONDS COMMAND...
   fi
 }
 
-FIGURES='"(median_s|first_s|share|peak_bytes|busy|frames_per_s|updates_per_s|within|largest|went_on|slope)": [^],}]+'
+FIGURES='"(median_s|first_s|share|kernels|kernel_s|peak_bytes|busy|in_updates|frames_per_s|updates_per_s|within|largest|went_on|slope)": [^],}]+'
 
-modes() { # every way to run an update, as flags joined by commas: the fastest is expected last
-  echo --compile=false --compile=true
-  [[ $DEVICE != cuda* ]] || echo --graph=true --compile=true,--graph=true
+modes() { # every way to run an update, as flags joined by commas: the fastest is expected first
+  [[ $DEVICE != cuda* ]] || echo --compile=true,--graph=true --graph=true
+  echo --compile=true --compile=false
 }
 
 renders() { # whether DM Control is there and can render; the reason is printed if not
@@ -67,52 +71,72 @@ renders() { # whether DM Control is there and can render; the reason is printed 
 }
 
 check() {
-  local file flag=()
-  if "$PYTHON" tests/golden.py --help | grep -q -- --device; then
-    flag=(--device "$DEVICE")
-  elif [[ $DEVICE != cpu ]]; then
-    fail golden "tests/golden.py has no --device"
-    return
-  fi
+  local file
   for file in tests/golden/*.npz; do
-    run "golden-$(basename "$file" .npz)" 120 "$PYTHON" tests/golden.py "$file" ${flag[@]+"${flag[@]}"}
+    run "golden-$(basename "$file" .npz)" 120 "$PYTHON" tests/golden.py "$file" --device "$DEVICE"
+  done
+  for file in "${recompiled[@]}"; do
+    run "golden-compiled-$(basename "$file" .npz)" 200 "$PYTHON" tests/golden.py "$file" --device "$DEVICE" --compile
   done
   run bf16-vision 150 "$PYTHON" benchmarks/bf16.py --obs vision "${device[@]}" "${tiny[@]}"
   run bf16-proprio 150 "$PYTHON" benchmarks/bf16.py --obs proprio "${device[@]}" "${tiny[@]}"
 }
 
-table() {
-  local mode obs reason common=("${device[@]}" "${tiny[@]}" "${few[@]}")
-  for obs in vision proprio; do
-    for mode in $MODES; do
-      run "update-$obs${mode//[,-]/}" 150 "$PYTHON" benchmarks/train_step.py --obs $obs ${mode//,/ } "${common[@]}"
-    done
-    run "phases-$obs" 60 "$PYTHON" benchmarks/train_step.py --obs $obs --phases "${common[@]}"
-    run "policy-$obs" 90 "$PYTHON" benchmarks/policy.py --obs $obs "${best[@]}" "${common[@]}"
+updates() { # updates OBS: a workload in every mode, acting, and where the time goes
+  local obs=$1 mode
+  for mode in $MODES; do
+    run "update-$obs${mode//[,-]/}" 200 "$PYTHON" benchmarks/train_step.py --obs "$obs" ${mode//,/ } "${common[@]}"
   done
-  run update-size200m 200 "$PYTHON" benchmarks/train_step.py "${best[@]}" "${device[@]}" "${few[@]}" "${tiny[@]:---size=size200m}"
+  run "policy-$obs" 90 "$PYTHON" benchmarks/policy.py --obs "$obs" "${best[@]}" "${common[@]}"
+  run "phases-$obs" 60 "$PYTHON" benchmarks/train_step.py --obs "$obs" --phases "${common[@]}"
+}
+
+vision() {
+  updates vision
+  run update-float16 150 "$PYTHON" benchmarks/train_step.py "${best[@]}" --precision float16 "${common[@]}"
+  if [[ $DEVICE == cuda* ]]; then
+    run update-frames-on-the-card 150 "$PYTHON" benchmarks/train_step.py "${best[@]}" --replay_device cuda "${common[@]}"
+  else
+    say update-frames-on-the-card "skipped: replay_device cuda needs one"
+  fi
+}
+
+proprio() { updates proprio; }
+
+large() {
+  local reason
+  run update-size200m 250 "$PYTHON" benchmarks/train_step.py "${best[@]}" "${device[@]}" "${few[@]}" "${tiny[@]:---size=size200m}"
   if reason=$(renders); then
-    run training 200 "$PYTHON" benchmarks/training.py "${walker[@]}" "${best[@]}" "${device[@]}" "${span[@]}"
+    run training 240 "$PYTHON" benchmarks/training.py "${walker[@]}" "${best[@]}" "${device[@]}" "${span[@]}"
   else
     say training "skipped: $reason"
   fi
   run replay 120 "$PYTHON" benchmarks/replay.py --stored "${stored[@]}" --repeats 10
 }
 
+tests() {
+  if "$PYTHON" -c 'import pytest, pytest_timeout, beartype' 2>/dev/null; then
+    run tests 500 "$PYTHON" -m pytest -q -rs -m gpu
+  else
+    say tests "skipped: needs requirements/test.txt"
+  fi
+}
+
 train() {
   local reason logdir
   logdir=$OUT/walker-$(date +%Y%m%d-%H%M%S)
   if reason=$(renders); then
-    run train 530 "$PYTHON" benchmarks/resume.py --seconds "$HALF" --logdir "$logdir" -- "${walker[@]}" "${best[@]}" "${device[@]}"
+    deadline=$((SECONDS + 2 * HALF + 120)) # its own length, whatever LIMIT is
+    run train $((2 * HALF + 100)) "$PYTHON" benchmarks/resume.py --seconds "$HALF" --logdir "$logdir" -- "${walker[@]}" "${best[@]}" "${device[@]}"
   else
     say train "skipped: $reason"
   fi
 }
 
 stages=("${@:-all}")
-[[ ${stages[0]} != all ]] || stages=(check table train)
+[[ ${stages[0]} != all ]] || stages=(check vision large train proprio tests)
 for stage in "${stages[@]}"; do
-  [[ $stage =~ ^(check|table|train)$ ]] || { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
+  [[ $stage =~ ^(check|vision|large|train|proprio|tests)$ ]] || { sed -n '2,19s/^# \{0,1\}//p' "$0"; exit 2; }
 done
 
 mkdir -p "$OUT"
@@ -122,7 +146,7 @@ if [[ $DEVICE == cuda* ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not tor
   exit 1
 fi
 MODES=${MODES:-$(modes | xargs)}
-BEST=${BEST:-${MODES##* }} # the last one named, for what is measured in one mode only
+BEST=${BEST:-${MODES%% *}} # the first one named, for what is measured in one mode only
 best=(${BEST//,/ })
 device=(--device "$DEVICE")
 walker=(--configs dmc_vision --task dmc_walker_walk --envs 16 --train_ratio 512)
@@ -131,6 +155,9 @@ if [[ $QUICK ]]; then
   few=(--repeats 2 --warmup 1) tiny=(--size debug) span=(--frames 60 --seconds 40 --warmup 3) stored=(2e3 1e4)
   walker=(--configs dmc_vision debug --task dmc_walker_walk)
 fi
+common=("${device[@]}" "${tiny[@]}" "${few[@]}")
+recompiled=(tests/golden/*.npz)
+[[ ! $QUICK ]] || recompiled=() # minutes each on a CPU: they are among the slow tests
 for stage in "${stages[@]}"; do
   deadline=$((SECONDS + LIMIT))
   say "== $stage" "at most $LIMIT s on $DEVICE; modes $MODES"

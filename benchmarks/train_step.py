@@ -9,6 +9,7 @@ Any key of the configuration may follow, such as --precision bfloat16 or --batch
 """
 
 import argparse
+import gc
 from collections.abc import Sequence
 
 import common
@@ -58,6 +59,7 @@ def update(args: argparse.Namespace) -> dict:
         profile(learner)
     if common.eager(config) != config:
         device, learner = learner.device, None  # one at a time in memory
+        gc.collect()  # a captured agent refers to itself
         if device.type == "cuda":
             torch.cuda.empty_cache()
         learner = common.Learner(args.obs, common.eager(config))

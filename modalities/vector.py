@@ -7,7 +7,7 @@ predicts every key: numbers by the squared error in symlog space, discrete entri
 import numpy as np
 import torch
 from gymnasium import spaces as gs
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from distributions import Joint, Normal, OneHot, SquaredError, one_hot, symlog
@@ -51,9 +51,15 @@ class AsVector:
         value = value.reshape(*value.shape[: value.ndim - self.axes], -1)
         if self.sizes:
             columns = zip(value.long().unbind(-1), self.starts, self.sizes, strict=True)
-            return torch.cat([one_hot(index - start, n, torch.float32) for index, start, n in columns], -1)
+            return torch.cat([self._one_hot(index, start, n) for index, start, n in columns], -1)
         value = value if value.is_floating_point() else value.float()
         return symlog(value) if self.symlogged else value
+
+    @staticmethod
+    def _one_hot(index: Int[Tensor, "*b"], start: int, size: int) -> Float[Tensor, "*b size"]:
+        index = index - start
+        # An absent reading is stored as 0, which lies below a later start.
+        return one_hot(index.clamp(min=0) if start > 0 else index, size, torch.float32)
 
 
 class VectorEncoder(nn.Module):

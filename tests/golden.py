@@ -230,7 +230,7 @@ class Names:
         if "vector" in model.decoder.decoders:
             decoder = model.decoder.decoders["vector"]
             self._mlp("dec/mlp", decoder.mlp, swap=(rssm.deter, rssm.stoch_size))
-            for key in decoder.spaces:
+            for key in decoder.vectors:
                 head = decoder.out[safe(key)]
                 if len(head) > 1:  # one tensor there, several here: their gradients would be clipped differently
                     raise SystemExit(f"{key}: discrete vectors of several entries cannot be compared")

@@ -1,5 +1,10 @@
 """The ways to run a step give the same numbers: as written, recomputed, captured; in half precision nearly so."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +16,7 @@ from dreamer import Dreamer
 from errors import UserError
 from execution import Captured
 
+ROOT = Path(__file__).resolve().parent.parent
 OBS = {
     "image": spaces.Box(0, 255, (16, 16, 3), np.uint8),
     "vector": spaces.Box(-np.inf, np.inf, (5,), np.float32),
@@ -22,10 +28,11 @@ SMALL = "--configs debug --device cpu --imag_horizon 3 --encoder.mults 1 2 --dec
 
 def make(*flags: str) -> Dreamer:
     torch.manual_seed(0)
-    agent = Dreamer(OBS, ACT, configuration.load([*SMALL, *flags]))
+    config = configuration.load([*SMALL, *flags])
+    agent = Dreamer(OBS, ACT, config, config.device)
     generator = torch.Generator().manual_seed(1)
     for parameter in agent.parameters():  # zero-initialised heads would hide much
-        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(agent.device))
     return agent
 
 
@@ -223,6 +230,61 @@ def test_captured_updates_and_acting_equal_plain_ones():
                 actions.append(action)
             np.testing.assert_array_equal(*actions)
     assert graph._update.captures == 1 and graph._act.captures == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "compile, precision",
+    [("false", "float32"), ("false", "bfloat16"), ("false", "float16"), ("true", "float32"), ("true", "bfloat16")],
+)
+def test_a_graph_learns_and_acts_like_what_it_was_captured_from(compile, precision):
+    """In a process of its own: compilers do not look through the checking of shapes in these tests' type hints."""
+    flags = ("--graph", "true", "--compile", compile)
+    code = f"import test_execution as t; t.compare_ways(*{flags}, device='cuda', precision='{precision}')"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+def test_ways_are_compared():
+    """The comparison of the test above, on what is here: the same is the same, and a difference is one."""
+    compare_ways("--checkpointing", "true", device="cpu", precision="float32")
+    with pytest.raises(AssertionError):
+        compare_ways("--kl_free", "0", device="cpu", precision="float32")
+
+
+def compare_ways(*flags: str, device: str, precision: str) -> None:
+    """Updates and acting of an agent with `flags` beside one without, in turn; both act first."""
+    keys = ("--device", device, "--precision", precision, "--opt.warmup", "0", "--opt.lr", "1e-4")
+    plain, other = make(*keys), make(*keys, *flags)
+    near = {"rtol": 1e-3, "atol": 1e-4} if precision == "float32" else {"rtol": 0.05, "atol": 0.05}
+    for agent in (plain, other):
+        agent.optimizer.scale.clamp_(max=64.0)  # of float16, which overflows at first until its scale has come down
+    start = [p.detach().clone() for p in plain.parameters()]
+    states = {agent: agent.initial(2) for agent in (plain, other)}
+    rng = np.random.default_rng(0)
+    for turn in range(8):
+        obs = {"image": rng.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8), "reward": np.zeros(2, np.float32)}
+        obs |= {"vector": rng.normal(size=(2, 5)).astype(np.float32), "is_first": np.ones(2, bool)}
+        actions = []
+        for agent in (plain, other):
+            action, states[agent] = agent.policy(obs, states[agent], sample=False)
+            actions.append(action)
+        np.testing.assert_allclose(*actions, **near)
+        if turn < 2:
+            continue
+        batch, noise = make_batch(plain, seed=turn), plain.draw_noise(B, T)
+        (expected, latents), (found, copies) = plain.train_step(batch, noise), other.train_step(batch, noise)
+        for name in ("world/loss", "world/recon_loss", "opt/bad_updates"):
+            torch.testing.assert_close(found[name], expected[name], **near)
+        torch.testing.assert_close(copies[0], latents[0], **near)
+    moved, moved_too = (
+        torch.cat([(p - before).flatten() for p, before in zip(agent.parameters(), start, strict=True)])
+        for agent in (plain, other)
+    )
+    assert torch.nn.functional.cosine_similarity(moved, moved_too, dim=0) > (0.99 if precision == "float32" else 0.9)
 
 
 def test_nothing_is_compiled_any_more_when_a_graph_is_captured():

@@ -282,9 +282,9 @@ def test_without_symlog_numbers_go_in_as_they_are():
 
 
 def test_absent_vector_counts_as_zeros():
-    spaces = {"lives": gs.Discrete(3), "pose": POSE}
+    spaces = {"lives": gs.Discrete(3, start=1), "pose": POSE}
     encoder = vector.VectorEncoder(spaces, units=8, layers=0)
-    obs = {"lives": torch.tensor([1, 2]), "pose": torch.ones(2, 3)}
+    obs = {"lives": torch.tensor([0, 3]), "pose": torch.ones(2, 3)}  # an absent reading is stored as 0
     present = {"lives": torch.tensor([False, True]), "pose": torch.tensor([True, False])}
     one = np.log(2)
     expected = torch.tensor([[0, 0, 0, one, one, one], [0, 0, 1, 0, 0, 0]], dtype=torch.float32)
