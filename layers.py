@@ -252,7 +252,13 @@ def in_pieces(
     """
     size = size if x.device.type == "cpu" else max(size, 256) if recompute else len(x)
     run = recomputed(function) if recompute else function
-    return torch.cat([run(piece) for piece in x.split(size)]) if len(x) > size else run(x)
+    return one_by_one(run, x, size) if len(x) > size else run(x)
+
+
+@torch.compiler.disable
+def one_by_one(function: Callable[[Tensor], Tensor], x: Float[Tensor, "n ..."], size: int) -> Float[Tensor, "n ..."]:
+    """Never compiled: compilers unroll the loop, and would take more than ten minutes over 64 pieces of a decoder."""
+    return torch.cat([function(piece) for piece in x.split(size)])
 
 
 def recomputed(function: Callable) -> Callable:

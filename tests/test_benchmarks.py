@@ -423,4 +423,6 @@ def test_a_mistake_is_one_line(main, flags, told, capsys):
 
 def test_gpu_script_names_its_stages():
     run = subprocess.run([FOLDER / "gpu.sh", "wrong"], capture_output=True, text=True)
-    assert run.returncode == 2 and all(name in run.stdout for name in ("check", "vision", "large", "train", "proprio", "tests", "all", "DEVICE"))
+    assert run.returncode == 2 and all(
+        name in run.stdout for name in ("check", "vision", "large", "train", "proprio", "tests", "all", "DEVICE")
+    )

@@ -1,6 +1,9 @@
 """Layers against formulas, dense equivalents, and the statistics of their initial weights."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +28,7 @@ from layers import (
     init_weight,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 TRUNCATION = 1.1368  # restores the deviation of a normal that is cut at two deviations (ALGORITHM.md, Optimizer)
 
 
@@ -393,6 +397,33 @@ def test_folded_upsampling_gradcheck():
         return torch.func.functional_call(layer, {"conv.weight": weight, "conv.bias": bias}, (x,))
 
     assert torch.autograd.gradcheck(run, (x, weight, bias))
+
+
+def test_pieces_are_not_unrolled_by_a_compiler():
+    """However many there are, what is compiled stays as large. In a process without the checks of shapes."""
+    done = subprocess.run([sys.executable, "-c", UNROLLED], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    few, many = map(int, done.stdout.split())
+    assert 0 < few == many
+
+
+UNROLLED = """
+import torch
+from layers import in_pieces
+
+layer, nodes = torch.nn.Linear(3, 2), []
+
+def backend(module, inputs):
+    nodes.extend(module.graph.nodes)
+    return module.forward
+
+compiled = torch.compile(lambda x: 2 * in_pieces(layer, x + 1, 4), backend=backend, dynamic=False)
+for pieces in (5, 50):
+    nodes.clear()
+    x = torch.randn(4 * pieces, 3)
+    torch.testing.assert_close(compiled(x), 2 * layer(x + 1))
+    print(len(nodes))
+"""
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
