@@ -1,8 +1,8 @@
 """The networks of the world model: encoders of observations, the latent state's dynamics, decoders of observations.
 
 `MultiEncoder` turns each kind of observation into one embedding with a presence flag, `RSSM` (recurrent state-space
-model) keeps the latent state and owns the fusion of the embeddings, `MultiDecoder` predicts observations from the
-state.
+model) keeps the latent state (by a cell of `recurrence.py`) and joins the embeddings (by a fusion of `fusion.py`),
+`MultiDecoder` predicts observations from the state.
 
 A latent state is a dict: `deter` [*b, deter], `stoch` [*b, stoch, classes] (one-hot; [*b, stoch] for Gaussian latents),
 and the statistics it was drawn from: `logit` [*b, stoch, classes], or `mean` and `std` [*b, stoch].
@@ -16,13 +16,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from distributions import Normal, OneHot, full_precision
-from layers import ACTIVATIONS, MLP, BlockLinear, Dense, Linear, RMSNorm, recomputed, rms_norm
+from errors import UserError
+from fusion import FUSIONS, Inputs, Tokens, product_of_experts
+from layers import MLP, Linear, recomputed
 from modalities import MODALITY_CONFIGS, select
+from recurrence import CELLS, Product, Weights, half, late, product
 
 State = dict[str, Tensor]
-Tokens = dict[str, tuple[Tensor, Tensor]]  # kind of observation -> (embedding [*b, size], present [*b])
-Weights = dict  # parameters as the steps of a scan read them, by name
-Product = tuple[Tensor, Tensor]  # x @ weight + added; in a scan `added` is one step's own (see `late`)
 
 
 class MultiEncoder(nn.Module):
@@ -99,212 +99,6 @@ def features(state: State) -> Float[Tensor, "*b feat"]:
     return torch.cat([state["deter"], flatten_stoch(state)], -1)
 
 
-class BlockGRU(nn.Module):
-    """The recurrence h_t = f(h_{t-1}, z_{t-1}, a_{t-1}) with block-diagonal weights (paper, "Network architecture").
-
-    Each input goes through its own dense layer; every block sees its slice of `deter` and all three results. The gates
-    are split inside each block into reset, candidate, update; the update gate is biased towards keeping the state.
-
-    In parts, so that a scan over time repeats only what needs the recurrent state: `layout` lays the weights out as
-    the products read them (once per scan), `prepare` is the share of the actions (for all steps at once), `step` the
-    rest.
-    """
-
-    def __init__(
-        self, deter: int, stoch: int, action: int, *, hidden: int, blocks: int, layers: int = 1, act: str = "silu"
-    ):
-        super().__init__()
-        self.blocks, self.act = blocks, ACTIVATIONS[act]
-        block = deter // blocks
-        self.from_deter = Dense(deter, hidden, act)
-        self.from_stoch = Dense(stoch, hidden, act)
-        self.from_action = Dense(action, hidden, act)
-        self.hidden = nn.ModuleList(
-            BlockLinear(blocks, block + 3 * hidden if n == 0 else block, block) for n in range(layers)
-        )
-        self.norms = nn.ModuleList(RMSNorm(deter) for _ in range(layers))
-        self.gates = BlockLinear(blocks, block, 3 * block)
-
-    def layout(self) -> tuple[dict[str, Product], Weights]:
-        """Products and other weights. All blocks see the same results of the dense layers: one product, not one per
-        block.
-        """
-        first, dense = self.hidden[0], (self.from_deter, self.from_stoch, self.from_action)
-        own, shared = first.weight.split([first.weight.shape[2], first.weight.shape[1] - first.weight.shape[2]], 1)
-        gate_bias = self.gates.bias.unflatten(0, (self.blocks, 3, -1)) - gate_offset(self.gates.bias)
-        products = {
-            "deter": (self.from_deter.linear.weight.t(), self.from_deter.linear.bias),
-            "stoch": (self.from_stoch.linear.weight.t(), self.from_stoch.linear.bias),
-            "shared": (shared.transpose(0, 1).flatten(1), first.bias),
-            **{f"hidden{n}": (layer.weight, self._blocks(layer.bias)) for n, layer in enumerate(self.hidden) if n},
-            "gates": (self.gates.weight, gate_bias.flatten(1).unsqueeze(1)),
-        }
-        return {name: (half(weight), bias) for name, (weight, bias) in products.items()}, {
-            "own": half(own),
-            "dense_scale": torch.stack([layer.norm.scale for layer in dense]),
-            "scales": [self._blocks(norm.scale) for norm in self.norms],
-        }
-
-    def prepare(self, action: Float[Tensor, "*b action"]) -> Float[Tensor, "*b hidden"]:
-        return self.from_action.linear(action)
-
-    def step(
-        self,
-        deter: Float[Tensor, "b deter"],
-        stoch: Float[Tensor, "b stoch"],
-        prepared: Float[Tensor, "b hidden"],
-        products: dict[str, Product],
-        weights: Weights,
-    ) -> tuple[Float[Tensor, "b deter"], dict[str, Tensor]]:
-        """The next `deter`, and what each product was given."""
-        given = {"deter": deter, "stoch": stoch}
-        inputs = torch.stack([product(deter, *products["deter"]), product(stoch, *products["stoch"]), prepared], 1)
-        given["shared"] = rms_norm(inputs, weights["dense_scale"], act=self.act).flatten(1)
-        shared = self._by_block(product(given["shared"], *products["shared"]))
-        # From here on [blocks, b, width]: what a batched product takes and gives, without a copy in between.
-        blockwise = self._by_block(deter)
-        x = product(blockwise.to(shared.dtype), weights["own"], shared)
-        names = [*(name for name in products if name.startswith("hidden")), "gates"]
-        for name, scale in zip(names, weights["scales"], strict=True):
-            given[name] = rms_norm(x, scale, act=self.act, axes=(0, -1))
-            x = product(given[name], *products[name])
-        return blend(*x.to(deter.dtype).chunk(3, -1), blockwise).transpose(0, 1).flatten(1), given
-
-    def _blocks(self, vector: Float[Tensor, " size"]) -> Float[Tensor, "blocks 1 own"]:
-        return vector.unflatten(0, (self.blocks, 1, -1))
-
-    def _by_block(self, x: Float[Tensor, "b deter"]) -> Float[Tensor, "blocks b own"]:
-        return x.unflatten(-1, (self.blocks, -1)).transpose(0, 1)
-
-
-class GRU(nn.Module):
-    """The recurrence of the 2023 version: a dense layer of [stoch, action], then a GRU with one norm on its gates."""
-
-    def __init__(
-        self, deter: int, stoch: int, action: int, *, hidden: int, blocks: int = 1, layers: int = 1, act: str = "silu"
-    ):
-        super().__init__()
-        self.mlp = MLP(stoch + action, hidden, layers, act)
-        self.gates = Linear(self.mlp.out_size + deter, 3 * deter)
-        self.norm = RMSNorm(3 * deter)
-
-    def layout(self) -> tuple[dict[str, Product], Weights]:
-        return {}, {}
-
-    def prepare(self, action: Float[Tensor, "*b action"]) -> Float[Tensor, "*b action"]:
-        return action
-
-    def step(
-        self,
-        deter: Float[Tensor, "b deter"],
-        stoch: Float[Tensor, "b stoch"],
-        prepared: Float[Tensor, "b action"],
-        products: dict[str, Product],
-        weights: Weights,
-    ) -> tuple[Float[Tensor, "b deter"], dict[str, Tensor]]:
-        x = self.mlp(torch.cat([stoch, prepared], -1))
-        gates = self.norm(self.gates(torch.cat([x, deter.to(x.dtype)], -1))).to(deter.dtype)
-        return blend(*(gates.unflatten(-1, (3, -1)) - gate_offset(gates)).unbind(-2), deter), {}
-
-
-def half(weight: Tensor) -> Tensor:
-    """A weight in the precision that autocast gives to products: once per scan, not at every step."""
-    kind = weight.device.type
-    return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
-
-
-def product(x: Float[Tensor, "*g b in"], weight: Float[Tensor, "*g in out"], added: Tensor) -> Tensor:
-    """x @ weight + added. Batched, adding in place is cheaper than `baddbmm`, which copies what it adds first."""
-    return torch.addmm(added, x, weight) if x.ndim == 2 else torch.bmm(x, weight).add_(added)
-
-
-class LateGradient(torch.autograd.Function):
-    """Hands on what the steps of a scan add to a product with the same weight, whose gradient is then one product of
-    all steps' inputs and gradients, instead of a small one per step and their sum.
-
-    `given` is the list of what the steps gave the product, filled by the time the backward pass comes here.
-    """
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, given: list[Tensor], *added: Tensor) -> tuple[Tensor, ...]:
-        ctx.given, ctx.dtype = given, weight.dtype
-        return tuple(x.view_as(x) for x in added)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad, inputs = (torch.cat(steps, -2).to(ctx.dtype) for steps in (grads, ctx.given))
-        return inputs.transpose(-2, -1) @ grad, None, *grads
-
-
-def late(
-    products: dict[str, Product], batch: int, time: int
-) -> tuple[list[dict[str, Product]], dict[str, list[Tensor]]]:
-    """The products of each of `time` steps, and where what they are given is to be kept: weights get `LateGradient`."""
-    given, steps = {name: [] for name in products}, [{} for _ in range(time)]
-    for name, (weight, added) in products.items():
-        each = added.unbind(1) if added.ndim == 3 and weight.ndim == 2 else _repeated(added, batch, time)
-        for step, own in zip(steps, LateGradient.apply(weight, given[name], *each), strict=True):
-            step[name] = (weight.detach(), own)
-    return steps, given
-
-
-def _repeated(bias: Tensor, batch: int, time: int) -> tuple[Tensor, ...]:
-    """A bias [out] or [blocks, 1, out] for each step: [batch, out] or [blocks, batch, out]."""
-    return bias.expand(time, *bias.shape[:-2], batch, bias.shape[-1]).unbind(0)
-
-
-def gate_offset(like: Tensor) -> Float[Tensor, "3 1"]:
-    """What is taken off reset, candidate, update before their sigmoids: the update gate is biased to keep the state."""
-    return (torch.arange(3, device=like.device) == 2).to(like.dtype).unsqueeze(-1)
-
-
-def blend(reset: Tensor, cand: Tensor, update: Tensor, deter: Tensor) -> Tensor:
-    """The gated update of `deter`: u tanh(sigmoid(reset) cand) + (1 - u) deter, with u = sigmoid(update).
-
-    Without gradient, reset and update may be overwritten.
-    """
-    if torch.is_grad_enabled() or deter.device.type != "cpu":
-        return torch.lerp(deter, torch.tanh(torch.sigmoid(reset) * cand), torch.sigmoid(update))
-    # With tanh(x) = 2 sigmoid(2x) - 1: on a CPU `torch.tanh` takes four times as long as a sigmoid.
-    if torch.compiler.is_compiling():
-        return deter + torch.sigmoid(update) * (2 * torch.sigmoid(2 * torch.sigmoid(reset) * cand) - 1 - deter)
-    # In place, as nothing fuses the steps here; compiled, writing to parts of an array would be slow.
-    new = reset.sigmoid_().mul_(cand).mul_(2).sigmoid_().mul_(2).sub_(1)
-    return torch.lerp(deter, new, update.sigmoid_())
-
-
-CELLS = {"block_gru": BlockGRU, "gru": GRU}
-
-
-class ConcatFusion(nn.Module):
-    """First part of the posterior: joins [deter, embeddings] and maps them through dense layers.
-
-    In two parts, so that a scan over time repeats only what needs the recurrent state: `prepare` multiplies the
-    embeddings of all steps with their part of the first layer's weights, `step` adds the part of `deter`. An absent
-    kind counts as zeros.
-    """
-
-    def __init__(self, deter: int, sizes: dict[str, int], *, hidden: int, layers: int = 1, act: str = "silu"):
-        super().__init__()
-        self.deter = deter
-        self.first = Dense(deter + sum(sizes.values()), hidden, act)
-        self.rest = MLP(hidden, hidden, layers - 1, act)
-
-    def layout(self) -> Weights:
-        """The first layer's weights by what they multiply."""
-        deter, embed = self.first.linear.weight.split([self.deter, self.first.linear.in_features - self.deter], 1)
-        return {"fusion_deter": half(deter).t(), "fusion_embed": half(embed)}
-
-    def prepare(self, tokens: Tokens, weights: Weights) -> Product:
-        """The first layer as a product of `deter`, to which the embeddings' share [*b, hidden] is added."""
-        embed = torch.cat([embed * present.unsqueeze(-1) for embed, present in tokens.values()], -1)
-        return weights["fusion_deter"], F.linear(embed, weights["fusion_embed"], self.first.linear.bias)
-
-    def step(self, deter: Float[Tensor, "b deter"], first: Product) -> Float[Tensor, "b hidden"]:
-        return self.rest(self.first.norm(product(deter, *first), self.first.act))
-
-
 class RSSM(nn.Module):
     """Recurrent state-space model: `deter` follows the past, `stoch` is what is seen (posterior) or expected (prior).
 
@@ -312,6 +106,7 @@ class RSSM(nn.Module):
         sizes: width of each kind's embedding (`MultiEncoder.sizes`).
         action: width of the action vector.
         cell: block_gru, or gru (2023).
+        fusion: concat, attention or poe (product of experts; needs categorical latents).
         stoch, discrete: latent variables and classes of each; `discrete` 0 makes them Gaussian with deviations above
             `min_std`.
         obs_layers, img_layers, dyn_layers: hidden layers of posterior, prior and recurrence.
@@ -331,6 +126,7 @@ class RSSM(nn.Module):
         discrete: int,
         blocks: int = 8,
         cell: str = "block_gru",
+        fusion: str = "concat",
         dyn_layers: int = 1,
         obs_layers: int = 1,
         img_layers: int = 2,
@@ -352,7 +148,9 @@ class RSSM(nn.Module):
         self.core = CELLS[cell](
             deter, self.stoch_size, action, hidden=hidden, blocks=blocks, layers=dyn_layers, act=act
         )
-        self.fusion = ConcatFusion(deter, sizes, hidden=hidden, layers=obs_layers, act=act)
+        self.fusion = FUSIONS[fusion](deter, sizes, hidden=hidden, layers=obs_layers, act=act)
+        if self.fusion.experts and not discrete:
+            raise UserError("encoder.fusion: poe multiplies categoricals, and dyn.discrete is 0; use another fusion.")
         self.post_out = Linear(hidden, stats)
         self.prior_net = MLP(deter, hidden, img_layers, act)
         self.prior_out = Linear(self.prior_net.out_size, stats)
@@ -387,10 +185,12 @@ class RSSM(nn.Module):
         state = state or self.initial(batch)
         products, weights = self.layout()
         inputs = self._inputs(action, is_first)
-        products, given = late(products | {"fusion": self.fusion.prepare(tokens, weights)}, batch, time)
+        fused, seen = self.fusion.prepare(tokens, weights)
+        products, given = late(products | fused, batch, time)
+        seen = list(zip(*(x.unbind(1) for x in seen), strict=True)) if seen else [()] * time
         noises = [None] * time if noise is None else noise.unbind(1)
         scan = recomputed(self._obs_steps) if self.recompute else self._obs_steps
-        inputs = list(zip(*(x.unbind(1) for x in inputs), noises, products, strict=True))
+        inputs = list(zip(*(x.unbind(1) for x in inputs), seen, noises, products, strict=True))
         steps = []
         for first in range(0, time, self.stride):
             states, used = scan(state, inputs[first : first + self.stride], weights)
@@ -400,7 +200,7 @@ class RSSM(nn.Module):
                 for name, x in step.items():
                     given[name].append(x.detach())
         post = {key: torch.stack([step[key] for step in steps], 1) for key in steps[0]}
-        return post, self.prior(post["deter"])
+        return post, {"logit": post.pop("prior")} if "prior" in post else self.prior(post["deter"])
 
     def imagine(
         self, action: Float[Tensor, "b t action"], state: State, noise: Float[Tensor, "b t ..."] | None = None
@@ -428,8 +228,9 @@ class RSSM(nn.Module):
         `layout`: that of the current weights, if it was made already.
         """
         products, weights = layout or self.layout()
-        products = products | {"fusion": self.fusion.prepare(tokens, weights)}
-        return self._obs_step(state, *self._inputs(action, is_first), noise, products, weights)[0]
+        fused, seen = self.fusion.prepare(tokens, weights)
+        inputs = self._inputs(action, is_first)
+        return self._obs_step(state, *inputs, seen, noise, products | fused, weights)[0]
 
     def img_step(
         self,
@@ -447,7 +248,10 @@ class RSSM(nn.Module):
         would cost as much as the products do, and again in the backward pass.
         """
         products, weights = self.core.layout()
-        products["post"] = (half(self.post_out.weight).t(), self.post_out.bias)
+        weight, bias = half(self.post_out.weight).t(), self.post_out.bias
+        if experts := self.fusion.experts:  # each of them reads its latents off by the same weights
+            weight, bias = weight.expand(experts, *weight.shape), bias.expand(experts, 1, -1)
+        products["post"] = (weight, bias)
         return products, weights | self.fusion.layout()
 
     def prior(self, deter: Float[Tensor, "*b deter"]) -> State:
@@ -494,6 +298,7 @@ class RSSM(nn.Module):
         state: State,
         action: Tensor,
         keep: Tensor,
+        seen: Inputs,
         noise: Tensor | None,
         products: dict[str, Product],
         weights: Weights,
@@ -501,12 +306,14 @@ class RSSM(nn.Module):
         """One step of the posterior, and what each product was given. `action` is prepared; the state is zeroed where
         `keep` [b, 1] is 0.
         """
-        products = dict(products)
-        fusion, out = products.pop("fusion"), products.pop("post")
         deter, given = self.core.step(state["deter"] * keep, flatten_stoch(state) * keep, action, products, weights)
-        hidden = self.fusion.step(deter, fusion)
-        stats = self._stats(product(hidden, *out))
-        return {"deter": deter, "stoch": self.draw(stats, noise), **stats}, given | {"fusion": deter, "post": hidden}
+        hidden, fused = self.fusion.step(deter, seen, products, weights)
+        stats = self._stats(product(hidden, *products["post"]))
+        if self.fusion.experts:
+            prior = self.prior(deter)["logit"]
+            stats = {"logit": product_of_experts(prior, stats["logit"], *seen), "prior": prior}
+        state = {"deter": deter, "stoch": self.draw(stats, noise), **stats}
+        return state, given | fused | {"post": hidden}
 
     def _expect(
         self, state: State, action: Tensor, products: dict[str, Product], weights: Weights
