@@ -163,7 +163,8 @@ class AudioEncoder(nn.Module):
         units, layers = audio_units or units, layers if audio_layers is None else audio_layers
         self.symlog = symlog
         self.features = [key for key, space in spaces.items() if form(space.shape) == "features"]
-        self.mlp = MLP(sum(spaces[key].shape[0] for key in self.features), units, layers, act)
+        width = sum(spaces[key].shape[0] for key in self.features)
+        self.mlp = MLP(width, units, layers, act) if self.features else None
         self.convs = nn.ModuleDict()
         for key, space in spaces.items():
             if key not in self.features:

@@ -61,7 +61,7 @@ class TransformerLayer(nn.Module):
         self.wide, self.narrow = Linear(width, 4 * width), Linear(4 * width, width)
 
     def forward(self, x: Float[Tensor, "n length width"], bias: Float[Tensor, "n 1 1 length"]) -> Tensor:
-        query, key, value = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).movedim(1, -2).unbind(2)
+        query, key, value = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
         seen = torch.softmax(full_precision(scores) + bias, -1).to(value.dtype) @ value
         x = x + self.out(seen.transpose(1, 2).flatten(2))
