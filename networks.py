@@ -10,6 +10,8 @@ Arrays are batch first, [batch, time, ...]. Randomness is an input: Gumbel noise
 latents, standard normal [*b, stoch] for Gaussian ones, zeros for the mode.
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -19,7 +21,7 @@ from distributions import Normal, OneHot, full_precision
 from errors import UserError
 from fusion import FUSIONS, Inputs, Tokens, product_of_experts
 from layers import MLP, Linear, recomputed
-from modalities import MODALITY_CONFIGS, select
+from modalities import ModalityConfig, active, select
 from recurrence import CELLS, Product, Weights, half, late, product
 
 State = dict[str, Tensor]
@@ -30,16 +32,15 @@ class MultiEncoder(nn.Module):
 
     Args:
         spaces: {observation key: gymnasium space}.
-        mlp_keys, cnn_keys: regular expressions that choose the keys of vectors and images.
-        options: the encoder's section of the configuration; each kind takes what it knows.
+        modalities: the active kinds, see `modalities.active`.
+        options: the encoder's section of the configuration, with `<kind>_keys` patterns; each kind takes what it knows.
     """
 
-    def __init__(self, spaces: dict, *, mlp_keys: str = ".*", cnn_keys: str = ".*", **options):
+    def __init__(self, spaces: dict, *, modalities: Sequence[str] | Mapping[str, ModalityConfig] = (), **options):
         super().__init__()
-        self.kinds = select(spaces, {"mlp_keys": mlp_keys, "cnn_keys": cnn_keys}, "encoder")
-        self.encoders = nn.ModuleDict(
-            {kind: MODALITY_CONFIGS[kind].encoder(chosen, **options) for kind, chosen in self.kinds.items()}
-        )
+        kinds = active(modalities)
+        self.kinds = select(spaces, kinds, options, "encoder")
+        self.encoders = nn.ModuleDict({name: kinds[name].encoder(own, options) for name, own in self.kinds.items()})
         self.sizes = {kind: encoder.out_size for kind, encoder in self.encoders.items()}
 
     def forward(self, obs: dict[str, Tensor]) -> Tokens:
@@ -64,14 +65,21 @@ class MultiDecoder(nn.Module):
         deter, stoch: widths of the deterministic and of the flattened stochastic state.
     """
 
-    def __init__(self, spaces: dict, deter: int, stoch: int, *, mlp_keys: str = ".*", cnn_keys: str = ".*", **options):
+    def __init__(
+        self,
+        spaces: dict,
+        deter: int,
+        stoch: int,
+        *,
+        modalities: Sequence[str] | Mapping[str, ModalityConfig] = (),
+        **options,
+    ):
         super().__init__()
-        self.kinds = select(spaces, {"mlp_keys": mlp_keys, "cnn_keys": cnn_keys}, "decoder")
+        kinds = {name: kind for name, kind in active(modalities).items() if kind.decoder_type is not None}
+        self.kinds = select(spaces, kinds, options, "decoder")
+        self.shows = {name: kinds[name].show for name in self.kinds}
         self.decoders = nn.ModuleDict(
-            {
-                kind: MODALITY_CONFIGS[kind].decoder(chosen, deter, stoch, **options)
-                for kind, chosen in self.kinds.items()
-            }
+            {name: kinds[name].decoder(own, deter, stoch, options) for name, own in self.kinds.items()}
         )
 
     @property

@@ -1,22 +1,39 @@
-"""Kinds of observation. A file per kind says how it is recognised, encoded, decoded and scored; this registry names
-them.
+"""Kinds of observation. A file per kind says how it is recognised, encoded, decoded, scored and shown; this registry
+names them.
 
-A kind is a `ModalityConfig`: adding one to `MODALITY_CONFIGS` makes every observation that it recognises part of the
+A kind is a `ModalityConfig`: adding one to `MODALITY_CONFIGS` makes every observation that belongs to it part of the
 world model. The order of the registry is the order in which embeddings are joined.
 """
 
+import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gymnasium.spaces import Space
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from errors import UserError
+from layers import Linear
 
-from . import image, vector
+from . import audio, image, text, vector
 
 ANYTHING, NOTHING = (".*",), ("", "$^")
+
+ENCODERS = {
+    "mlp": vector.VectorEncoder,
+    "cnn": image.ImageEncoder,
+    "audio": audio.AudioEncoder,
+    "text": text.TextEncoder,
+}
+DECODERS = {
+    "mlp": vector.VectorDecoder,
+    "cnn": image.ImageDecoder,
+    "audio": audio.AudioDecoder,
+    "text": text.TextDecoder,
+}
+DISPLAYS = {"mlp": vector.show, "cnn": image.show, "audio": audio.show, "text": text.show}
 
 
 @dataclass(frozen=True)
@@ -25,54 +42,155 @@ class ModalityConfig:
 
     Attributes:
         name: as it appears in logs and in the keys of the embedding.
-        recognises: does an observation of this space belong to this kind?
-        keys_option: the option of the encoder's and decoder's configuration that holds the regular expression over
-            keys.
-        encoder: (spaces, **options) -> module with `out_size`, mapping {key: [*b, ...]} to [*b, out_size].
-        decoder: (spaces, deter, stoch, **options) -> module mapping deter, stoch to {key: distribution}.
+        input_shape: which spaces it takes: sizes of the axes, None for any size; or a function of the space. None: all.
+        embed_dim: width of its embedding; None: what its encoder gives.
+        encoder_type: a name in `ENCODERS`, or a class: (spaces, **options) -> module with `out_size`, mapping
+            {key: [*b, ...]} and presence flags {key: [*b]} to [*b, out_size].
+        decoder_type: a name in `DECODERS`, or a class: (spaces, deter, stoch, **options) -> module mapping deter, stoch
+            to {key: distribution}, with `target(key, value)`. None: not predicted.
+        options: of its encoder and decoder, before those of the configuration.
+        display: a name in `DISPLAYS` (the decoder's type, if not given), or a function: see `image.show`.
+        keys: regular expression over observation keys (full match), the name if not given. '.*' takes what no other
+            kind names.
+        keys_option: the key of the configuration's encoder and decoder that replaces `keys`.
     """
 
     name: str
-    recognises: Callable[[Space], bool]
-    keys_option: str
-    encoder: Callable[..., nn.Module]
-    decoder: Callable[..., nn.Module]
+    input_shape: tuple[int | None, ...] | Callable[[Space], bool] | None = None
+    embed_dim: int | None = None
+    encoder_type: str | Callable[..., nn.Module] = "mlp"
+    decoder_type: str | Callable[..., nn.Module] | None = "mlp"
+    options: Mapping | None = None
+    display: str | Callable | None = None
+    keys: str | None = None
+    keys_option: str | None = None
+
+    def recognises(self, space: Space) -> bool:
+        """Does an observation of this space belong to this kind, as far as its shape tells?"""
+        if self.input_shape is None or callable(self.input_shape):
+            return self.input_shape is None or self.input_shape(space)
+        shape = space.shape or ()
+        sizes = zip(shape, self.input_shape, strict=False)
+        return len(shape) == len(self.input_shape) and all(wanted in (None, size) for size, wanted in sizes)
+
+    def pattern(self, options: Mapping) -> str:
+        return options.get(self.keys_option or f"{self.name}_keys", self.default_keys)
+
+    @property
+    def default_keys(self) -> str:
+        return re.escape(self.name) if self.keys is None else self.keys
+
+    def encoder(self, spaces: dict[str, Space], options: Mapping) -> nn.Module:
+        net = _named(ENCODERS, self.encoder_type)(spaces, **{**options, **(self.options or {})})
+        return net if self.embed_dim in (None, net.out_size) else Projected(net, self.embed_dim)
+
+    def decoder(self, spaces: dict[str, Space], deter: int, stoch: int, options: Mapping) -> nn.Module:
+        return _named(DECODERS, self.decoder_type)(spaces, deter, stoch, **{**options, **(self.options or {})})
+
+    @property
+    def show(self) -> Callable | None:
+        display = self.display or (self.decoder_type if isinstance(self.decoder_type, str) else None)
+        return _named(DISPLAYS, display) if display else None
+
+
+def _named(table: dict, value):
+    if not isinstance(value, str):
+        return value
+    if value not in table:
+        raise UserError(f"A modality's type is '{value}'; expected {', '.join(table)}, or a class.")
+    return table[value]
+
+
+class Projected(nn.Module):
+    """An encoder, and a linear map to the width that its kind asks for."""
+
+    def __init__(self, encoder: nn.Module, size: int):
+        super().__init__()
+        self.encoder, self.out = encoder, Linear(encoder.out_size, size)
+        self.out_size = size
+
+    def forward(self, obs: dict[str, Tensor], present: dict[str, Tensor]) -> Float[Tensor, "*b out"]:
+        return self.out(self.encoder(obs, present))
 
 
 MODALITY_CONFIGS: dict[str, ModalityConfig] = {
-    "vector": ModalityConfig("vector", vector.recognises, "mlp_keys", vector.VectorEncoder, vector.VectorDecoder),
-    "image": ModalityConfig("image", image.recognises, "cnn_keys", image.ImageEncoder, image.ImageDecoder),
+    "vector": ModalityConfig("vector", vector.recognises, keys=".*", keys_option="mlp_keys"),
+    "image": ModalityConfig(
+        "image", image.recognises, encoder_type="cnn", decoder_type="cnn", keys=".*", keys_option="cnn_keys"
+    ),
+    "audio": ModalityConfig("audio", audio.recognises, encoder_type="audio", decoder_type="audio"),
+    "text": ModalityConfig("text", text.recognises, encoder_type="text", decoder_type="text", keys="text|mission"),
 }
 
 
-def select(spaces: dict[str, Space], patterns: dict[str, str], where: str) -> dict[str, dict[str, Space]]:
+def active(modalities: Sequence[str] | Mapping[str, ModalityConfig]) -> dict[str, ModalityConfig]:
+    """The kinds that count: a mapping as it is, names looked up in the registry; none named are all of them."""
+    if isinstance(modalities, Mapping):
+        return dict(modalities)
+    for name in modalities:
+        if name not in MODALITY_CONFIGS:
+            close = difflib.get_close_matches(name, MODALITY_CONFIGS, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise UserError(f"modalities: '{name}' is not a kind; there are {', '.join(MODALITY_CONFIGS)}.{hint}")
+    return {name: kind for name, kind in MODALITY_CONFIGS.items() if not modalities or name in modalities}
+
+
+def select(
+    spaces: dict[str, Space], kinds: Mapping[str, ModalityConfig], options: Mapping, where: str
+) -> dict[str, dict[str, Space]]:
     """Which observation keys belong to which kind: {kind: {key: space}}, keys sorted, empty kinds left out.
 
+    A kind takes the keys that its pattern names; '.*' takes those that no other kind names. Keys that no kind takes are
+    not learned from.
+
     Args:
-        patterns: the regular expression (full match) of each `keys_option`.
+        kinds: the active ones.
+        options: of the encoder or decoder, with the patterns that replace a kind's own.
         where: `encoder` or `decoder`, for the message.
     Raises:
-        UserError: a pattern other than `.*` that matches no key, or no key matched at all.
+        UserError: a key that two kinds take, a key that a kind names and cannot take, a pattern that was set and matches
+            no key, or no key taken at all.
     """
-    chosen = {}
-    for name, kind in MODALITY_CONFIGS.items():
-        own = {key: space for key, space in sorted(spaces.items()) if kind.recognises(space)}
-        pattern = patterns[kind.keys_option]
-        matched = {key: space for key, space in own.items() if pattern and re.fullmatch(pattern, key)}
-        if not matched and pattern not in ANYTHING + NOTHING:
-            listed = ", ".join(f"{k} ({'/'.join(kinds_of(s)) or 'no kind'})" for k, s in sorted(spaces.items()))
+    patterns = {name: kind.pattern(options) for name, kind in kinds.items()}
+    chosen: dict[str, dict[str, Space]] = {name: {} for name in kinds}
+    for key, space in sorted(spaces.items()):
+        able = [name for name, kind in kinds.items() if kind.recognises(space)]
+        naming = [name for name, p in patterns.items() if p not in ANYTHING + NOTHING and re.fullmatch(p, key)]
+        if naming and not set(naming) & set(able):
             raise UserError(
-                f"{where}.{kind.keys_option} is '{pattern}', which matches none of the {name} observations. "
-                f"The environment gives: {listed}"
+                f"The observation '{key}' is {_told(space)}, which the kind {naming[0]} cannot take. Change its shape, "
+                f"or rename it (or let --{where}.{_option(kinds[naming[0]])} match something else)."
             )
-        if matched:
-            chosen[name] = matched
+        takers = [name for name in naming if name in able] or [name for name in able if patterns[name] in ANYTHING]
+        if len(takers) > 1:
+            options_ = " and ".join(f"{where}.{_option(kinds[name])} ('{patterns[name]}')" for name in takers)
+            raise UserError(f"The observation '{key}' matches two kinds, {options_}: make one of them more specific.")
+        if takers:
+            chosen[takers[0]][key] = space
+    listed = ", ".join(f"{k} ({'/'.join(kinds_of(s, kinds)) or 'no kind'})" for k, s in sorted(spaces.items()))
+    for name, kind in kinds.items():
+        if not chosen[name] and patterns[name] not in (*ANYTHING, *NOTHING, kind.default_keys):
+            raise UserError(
+                f"{where}.{_option(kind)} is '{patterns[name]}', which matches none of the {name} observations. "
+                f"The environment gives: {listed or 'nothing'}"
+            )
+    chosen = {name: own for name, own in chosen.items() if own}
     if not chosen:
-        listed = ", ".join(f"{key} {space}" for key, space in sorted(spaces.items())) or "nothing"
-        raise UserError(f"The {where}'s key patterns {patterns} match no observation. The environment gives: {listed}")
+        raise UserError(
+            f"The {where}'s kinds and key patterns {patterns} match no observation. The environment gives: "
+            f"{', '.join(f'{key} {space}' for key, space in sorted(spaces.items())) or 'nothing'}"
+        )
     return chosen
 
 
-def kinds_of(space: Space) -> list[str]:
+def kinds_of(space: Space, kinds: Mapping[str, ModalityConfig]) -> list[str]:
     """Names of the kinds that recognise an observation of this space."""
-    return [name for name, kind in MODALITY_CONFIGS.items() if kind.recognises(space)]
+    return [name for name, kind in kinds.items() if kind.recognises(space)]
+
+
+def _option(kind: ModalityConfig) -> str:
+    return kind.keys_option or f"{kind.name}_keys"
+
+
+def _told(space: Space) -> str:
+    return f"{getattr(space, 'dtype', type(space).__name__)} {list(space.shape or ())}"

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from math import prod
 
+import numpy as np
 import torch
 from gymnasium import spaces as gs
 from jaxtyping import Float
@@ -22,6 +23,7 @@ from distributions import SquaredError, symlog
 from errors import UserError
 from layers import ACTIVATIONS, MLP, Dense, Linear, RMSNorm, init_weight
 
+from . import image
 from .vector import safe
 
 LONG = 8  # a waveform has at least so many times more samples than channels
@@ -66,9 +68,45 @@ class LogSpectrogram(nn.Module):
             real, imaginary = (frames @ self.basis).chunk(2, -1)
             return torch.log1p(self.gain * torch.sqrt(real.square() + imaginary.square() + 1e-12))
 
-    def magnitude(self, spectrogram: Tensor) -> Tensor:
-        """The inverse of the logarithm."""
-        return torch.expm1(spectrogram).clamp(min=0) / self.gain
+
+def griffin_lim(
+    magnitude: Float[np.ndarray, "frames bins"], window: int, hop: int, rounds: int = 32
+) -> Float[np.ndarray, " samples"]:
+    """A waveform of about these magnitudes of `LogSpectrogram` (Griffin and Lim 1984): phases that agree with each other
+    are found by going back and forth.
+    """
+    hann = np.hanning(window + 1)[:-1]
+    length = (len(magnitude) - 1) * hop + window
+    places = np.arange(len(magnitude))[:, None] * hop + np.arange(window)
+    weight = np.zeros(length)
+    np.add.at(weight, places, hann**2)
+
+    def to_wave(spectrum: np.ndarray) -> np.ndarray:
+        wave = np.zeros(length)
+        np.add.at(wave, places, np.fft.irfft(spectrum, window) * hann)
+        return wave / np.maximum(weight, 0.1 * weight.max())
+
+    magnitude = magnitude * hann.sum()
+    phase = np.exp(2j * np.pi * np.random.default_rng(0).random(magnitude.shape))
+    for _ in range(rounds):
+        spectrum = np.fft.rfft(to_wave(magnitude * phase)[places] * hann)
+        phase = spectrum / np.maximum(np.abs(spectrum), 1e-12)
+    return to_wave(magnitude * phase).astype(np.float32)
+
+
+def show(decoder: nn.Module, key: str, truth: np.ndarray, predicted: np.ndarray, context: int) -> dict:
+    """A picture of truth, model and error over time, and sound where the observation is a waveform (of its first
+    channel, of the first window). Arguments as in `image.show`.
+    """
+    if key not in decoder.forms or decoder.forms[key] == "features":
+        return {"": ("image", image.heatmap(truth[0].T, predicted[0].T, context / truth.shape[1]))}
+    front = decoder.fronts[decoder.keys[key]]
+    strips = [np.concatenate(list(window[0, :, 0]), 0).T for window in (truth, predicted)]  # [bins, steps * frames]
+    shown = {"": ("image", image.heatmap(strips[0][::-1], strips[1][::-1], context / truth.shape[1]))}
+    if front.spectrogram is not None:
+        for suffix, window in (("/truth", truth), ("/model", predicted)):
+            shown[suffix] = ("audio", (front.to_wave(window[0, :, 0]), decoder.rate))
+    return shown
 
 
 class Front(nn.Module):
@@ -79,6 +117,7 @@ class Front(nn.Module):
         self.axes = len(shape)
         self.spectrogram = LogSpectrogram(shape[1], window, hop) if form(shape) == "waveform" else None
         if self.spectrogram is not None:
+            self.samples = shape[1]
             self.shape = (shape[0], self.spectrogram.frames, self.spectrogram.bins)
         else:
             self.shape = (1, *shape)[-3:]
@@ -87,6 +126,17 @@ class Front(nn.Module):
         if self.spectrogram is not None:
             return self.spectrogram(value)
         return value if self.axes == 3 else value.unsqueeze(-3)
+
+    def to_wave(self, spectrograms: Float[np.ndarray, "t frames bins"]) -> Float[np.ndarray, " samples"]:
+        """The sound of consecutive steps. Between the last frame of a step and the first of the next lie some that
+        nobody saw: they are interpolated.
+        """
+        steps, frames, bins = spectrograms.shape
+        hop, magnitude = self.spectrogram.hop, np.expm1(spectrograms).clip(0) / self.spectrogram.gain
+        seen = (np.arange(steps)[:, None] * self.samples + np.arange(frames) * hop).ravel()
+        wanted = np.arange(0, seen[-1] + 1, hop)
+        rows = [np.interp(wanted, seen, column) for column in magnitude.reshape(-1, bins).T]
+        return griffin_lim(np.stack(rows, 1), self.spectrogram.window, hop)
 
 
 class Conv1d(nn.Module):
@@ -189,7 +239,8 @@ class AudioEncoder(nn.Module):
 class AudioDecoder(nn.Module):
     """[deter, stoch] -> MLP -> features, and a spectrogram [channels, frames, bins] for every other key.
 
-    The loss is the squared error, summed over numbers; of features in symlog space.
+    The loss is the squared error, summed over numbers; of features in symlog space. `audio_rate` (Hz) is only for those
+    who listen to what is predicted.
     """
 
     def __init__(
@@ -205,6 +256,7 @@ class AudioDecoder(nn.Module):
         audio_depth: int = 64,
         audio_window: int = 400,
         audio_hop: int = 160,
+        audio_rate: int = 16000,
         outscale: float = 1.0,
         act: str = "silu",
         **_,
@@ -212,7 +264,8 @@ class AudioDecoder(nn.Module):
         super().__init__()
         units, layers = audio_units or units, layers if audio_layers is None else audio_layers
         self.mlp = MLP(deter + stoch, units, layers, act)
-        self.keys = {key: safe(key) for key in spaces}
+        self.keys, self.rate = {key: safe(key) for key in spaces}, audio_rate
+        self.forms = {key: form(space.shape) for key, space in spaces.items()}
         self.fronts, self.outs = nn.ModuleDict(), nn.ModuleDict()
         for key, name in self.keys.items():
             shape = spaces[key].shape

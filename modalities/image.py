@@ -7,10 +7,11 @@ channels) plus a net of stoch, then stages that double it. Several image keys ar
 from collections.abc import Sequence
 from math import prod
 
+import cv2
 import numpy as np
 import torch
 from gymnasium import spaces as gs
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from distributions import Normal, SquaredError, full_precision
@@ -26,17 +27,39 @@ def recognises(space: gs.Space) -> bool:
     return isinstance(space, gs.Box) and space.dtype == np.uint8 and len(space.shape) == 3
 
 
+SEEN, IMAGINED = (0.1, 0.7, 0.2), (0.9, 0.2, 0.1)  # colours of what the model was shown, and of what it imagined
+
+
+def show(
+    decoder: nn.Module,
+    key: str,
+    truth: Float[np.ndarray, "b t h w c"],
+    predicted: Float[np.ndarray, "b t h w c"],
+    context: int,
+) -> dict[str, tuple[str, object]]:
+    """An open-loop prediction, for people: {suffix of its name: (method of the logger, its argument)}.
+
+    Every kind has such a function (`ModalityConfig.display`).
+
+    Args:
+        decoder: the kind's own.
+        truth: what the decoder's `target` made of the observations of `key`.
+        predicted: the modes of its distributions.
+        context: how many of the steps the model was shown.
+    """
+    return {"": ("video", open_loop_video(truth, predicted, context))}
+
+
 def open_loop_video(
-    truth: Shaped[np.ndarray, "b t h w c"], predicted: Float[np.ndarray, "b t h w c"], context: int, edge: int = 2
+    truth: Float[np.ndarray, "b t h w c"], predicted: Float[np.ndarray, "b t h w c"], context: int, edge: int = 2
 ) -> UInt8[np.ndarray, "t h2 w2 3"]:
     """A film of windows side by side; in each column truth, model and error (grey is none), one above the other.
 
     The frame around the model's picture is green while it is shown the truth (`context` steps), red while it imagines.
     """
-    truth = truth.astype(np.float32) / 255
     rows = [truth, predicted.clip(0, 1), ((predicted - truth + 1) / 2).clip(0, 1)]
     seen = np.arange(truth.shape[1]) < context
-    colour = np.where(seen[:, None], (0.1, 0.7, 0.2), (0.9, 0.2, 0.1))[None, :, None, None]
+    colour = np.where(seen[:, None], SEEN, IMAGINED)[None, :, None, None]
     framed = []
     for row, frame in zip(rows, (0.0, colour, 0.0), strict=True):
         batch, time, height, width, _ = row.shape
@@ -45,6 +68,48 @@ def open_loop_video(
         framed.append(picture)
     film = np.concatenate(framed, 2)
     return (np.concatenate(list(film), 2) * 255).round().astype(np.uint8)
+
+
+def heatmap(
+    truth: Float[np.ndarray, "rows t"], predicted: Float[np.ndarray, "rows t"], context: float, least: int = 96
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Truth, model and error, one above the other, time from left to right. A bar above the model's picture is green
+    for the share `context` of the time in which it was shown the truth, and red where it imagines.
+    """
+    low, high = float(np.nanmin(truth)), float(np.nanmax(truth))
+    scale = max(high - low, 1e-8)
+    error = np.abs(predicted - truth) / scale
+    panels = [(truth - low) / scale, (predicted - low) / scale, error]
+    repeat = [max(1, -(-least // size)) for size in truth.shape]
+    bar = np.where(np.arange(truth.shape[1])[:, None] < context * truth.shape[1], SEEN, IMAGINED)[None]
+    rows = []
+    for number, panel in enumerate(panels):
+        grey = np.nan_to_num(panel).clip(0, 1)[..., None].repeat(3, -1)
+        rows.append((bar if number == 1 else np.ones_like(bar)).repeat(4, 0).repeat(repeat[1], 1))
+        rows.append(grey.repeat(repeat[0], 0).repeat(repeat[1], 1))
+    return (np.concatenate(rows, 0) * 255).round().astype(np.uint8)
+
+
+def plot(
+    truth: Float[np.ndarray, " t"], predicted: Float[np.ndarray, " t"], context: int, size: tuple[int, int] = (80, 160)
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Two curves: truth in black, the model green while it is shown the truth, red while it imagines."""
+    both = np.concatenate([truth, predicted])
+    both = both[np.isfinite(both)]
+    low, high = (both.min(), both.max()) if both.size else (0.0, 1.0)
+    canvas, (height, width) = np.full((*size, 3), 255, np.uint8), size
+    x = np.linspace(4, width - 5, len(truth))
+
+    def curve(values: np.ndarray, steps: slice, colour: tuple) -> None:
+        y = (height - 5) - np.nan_to_num((values - low) / max(high - low, 1e-8)) * (height - 10)
+        points = np.stack([x, y], -1)[steps].round().astype(np.int32)
+        cv2.polylines(canvas, [points], False, [round(255 * c) for c in colour], 1, cv2.LINE_AA)
+
+    curve(truth, slice(None), (0.0, 0.0, 0.0))
+    curve(predicted, slice(context), SEEN)
+    curve(predicted, slice(context - 1, None), IMAGINED)
+    cv2.rectangle(canvas, (0, 0), (width - 1, height - 1), (200, 200, 200))
+    return canvas
 
 
 def common_size(spaces: dict[str, gs.Space], stages: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ decided in the environment's wrapper (`envs/text.py`).
 
 import math
 
+import numpy as np
 import torch
 from gymnasium import spaces as gs
 from jaxtyping import Float, Int
@@ -29,6 +30,31 @@ def recognises(space: gs.Space) -> bool:
 def vocabulary(space: gs.Space) -> int:
     """Number of ids, padding included."""
     return int(space.high.max()) + 1
+
+
+def show(
+    decoder: nn.Module, key: str, truth: np.ndarray, predicted: np.ndarray, context: int, windows: int = 3
+) -> dict:
+    """Sentences of the first windows at their last step, the true ones next to those that the model expects. Arguments as
+    in `image.show`.
+    """
+    rows = [f"| step | truth | model, after seeing {context} steps |", "|---|---|---|"]
+    for window in range(min(windows, len(truth))):
+        for step in sorted({context - 1, truth.shape[1] - 1}):
+            true, model = (decoder.words[key].text(ids[window, step]) for ids in (truth, predicted))
+            rows.append(f"| {step} | {true} | {model} |")
+    return {"": ("text", "\n".join(rows))}
+
+
+class Words:
+    """Ids to text: by the vocabulary that the observation's space brings along (`envs/text.py`), or as numbers."""
+
+    def __init__(self, space: gs.Space):
+        self.decode = getattr(space, "decode", None)
+
+    def text(self, ids: Int[np.ndarray, " length"]) -> str:
+        ids = [int(n) for n in ids]
+        return self.decode(ids) if self.decode else " ".join(map(str, ids))
 
 
 class Tokens:
@@ -153,6 +179,7 @@ class TextDecoder(nn.Module):
         super().__init__()
         units, layers = text_units or units, layers if text_layers is None else text_layers
         self.keys = {key: safe(key) for key in spaces}
+        self.words = {key: Words(space) for key, space in spaces.items()}
         self.mlp = MLP(deter + stoch, units, layers, act)
         self.tokens = nn.ModuleDict(
             {safe(k): Dense(self.mlp.out_size, space.shape[0] * units, act) for k, space in spaces.items()}

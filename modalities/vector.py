@@ -37,6 +37,24 @@ def width(space: gs.Space) -> int:
     return sum(classes(space)) or int(np.prod(space.shape))
 
 
+def show(
+    decoder: nn.Module,
+    key: str,
+    truth: Float[np.ndarray, "b t n"],
+    predicted: Float[np.ndarray, "b t n"],
+    context: int,
+    most: int = 16,
+) -> dict[str, tuple[str, object]]:
+    """A plot of the first window: truth in black, the model in the colours of `image.open_loop_video`; a panel per
+    number, the first `most` of them.
+    """
+    truth, predicted = truth[0, :, :most], predicted[0, :, :most]
+    panels = [image.plot(one, two, context) for one, two in zip(truth.T, predicted.T, strict=True)]
+    panels += [np.full_like(panels[0], 255)] * (-len(panels) % 4)
+    rows = [np.concatenate(panels[n : n + 4], 1) for n in range(0, len(panels), 4)]
+    return {"": ("image", np.concatenate(rows, 0))}
+
+
 class AsVector:
     """Observations of a space as vectors: flattened after the leading axes; one-hot for discrete spaces, symlog for
     numbers if asked. The space is read once, here: what is compiled sees plain numbers.
