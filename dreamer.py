@@ -18,7 +18,7 @@ import functools
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +35,7 @@ from errors import UserError
 from exploration import Random
 from feed import Feed
 from logger import disk_errors
-from modalities import vector
-from modalities.image import open_loop_video
+from modalities import ModalityConfig, vector
 from models import ImagBehavior, WorldModel, total_loss
 from networks import features
 from optim import Optimizer
@@ -55,9 +54,17 @@ class Dreamer(nn.Module):
         obs_space: {observation key: gymnasium space}.
         act_space: Box, Discrete or MultiDiscrete; actions are vectors (one-hot for discrete spaces).
         config: the whole configuration; only here it is taken apart.
+        modalities: the active kinds of observation, those that the configuration names if not given.
     """
 
-    def __init__(self, obs_space: dict, act_space: Space, config: Config, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        obs_space: dict,
+        act_space: Space,
+        config: Config,
+        device: torch.device | str = "cpu",
+        modalities: Mapping[str, ModalityConfig] | None = None,
+    ):
         super().__init__()
         self.device = torch.device(device)
         if self.device.type == "cuda":
@@ -67,7 +74,11 @@ class Dreamer(nn.Module):
         self.action_size, self.classes = vector.width(act_space), vector.classes(act_space)
         shared = {"horizon": config.horizon, "contdisc": config.contdisc}
         sections = ("encoder", "decoder", "dyn", "reward_head", "cont_head", "kl_free", "grad_heads", "checkpointing")
-        self.world_model = WorldModel(obs_space, self.action_size, **shared, **{k: config[k] for k in sections})
+        sections += ("modality_dropout",)
+        kinds = modalities or tuple(config.modalities)
+        self.world_model = WorldModel(
+            obs_space, self.action_size, modalities=kinds, **shared, **{k: config[k] for k in sections}
+        )
         sections = ("actor", "critic", "retnorm", "imag_horizon", "imag_last", "imag_gradient", "imag_gradient_mix")
         self.behavior = ImagBehavior(
             self.world_model.rssm.feat_size,
@@ -78,7 +89,7 @@ class Dreamer(nn.Module):
             **shared,
             **{k: config[k] for k in sections},
         )
-        self.loss_scales = dict(config.loss_scales)
+        self.loss_scales = self._loss_scales(config.loss_scales, config.modality_scales)
         self.layout = None  # the recurrence's weights as acting reads them; None: they have changed since
         self.to(self.device)
         half = tools.half_precision(config.precision, self.device)
@@ -101,6 +112,17 @@ class Dreamer(nn.Module):
             "critic": (critics, critic_lr or lr),
         }
         return Optimizer(groups, **options)
+
+    def _loss_scales(self, scales: dict[str, float], of_kinds: dict[str, float]) -> dict[str, float]:
+        """With a scale of its own for every key whose kind does not count as the others do."""
+        decoder, scales = self.world_model.decoder, dict(scales)
+        for kind, keys in decoder.kinds.items():
+            scale = of_kinds.get(kind, decoder.scales[kind])
+            if scale != 1:
+                scales |= {f"rec/{key}": scales["rec"] * scale for key in keys}
+        if all(f"rec/{key}" in scales for key in decoder.keys):
+            del scales["rec"]
+        return scales
 
     # Acting
 
@@ -186,18 +208,24 @@ class Dreamer(nn.Module):
         """All losses [B, T], the posterior states, and metrics. `noise` is drawn unless given (see `draw_noise`)."""
         noise = noise or self.draw_noise(*batch["reward"].shape)
         with self.autocast():
-            losses, post, metrics = self.world_model.loss(batch, noise["post"])
+            losses, post, metrics = self.world_model.loss(batch, noise["post"], noise.get("drop"))
             more, more_metrics = self.behavior.loss(self.world_model, post, batch, noise)
         return losses | more, post, metrics | more_metrics
 
     def draw_noise(self, batch: int, time: int) -> dict[str, Tensor]:
-        """Every random number of one update: `post` [B, T, ...], `prior` [H, N, ...], `action` [H+1, N, action]."""
+        """Every random number of one update: `post` [B, T, ...], `prior` [H, N, ...], `action` [H+1, N, action], and
+        with `modality_dropout` also `drop` [B, kinds].
+        """
         horizon, starts = self.behavior.imag_horizon, batch * self.behavior.starts(time)
-        return {
+        noise = {
             "post": self._latent_noise(batch, time),
             "prior": self._latent_noise(horizon, starts),
             "action": self._action_noise(horizon + 1, starts),
         }
+        if self.world_model.modality_dropout:
+            kinds = len(self.world_model.encoder.kinds)
+            noise["drop"] = torch.empty(batch, kinds, device=self.device).uniform_(generator=self.generator)
+        return noise
 
     def to_device(self, batch: dict) -> dict:
         """Numpy arrays of a replayed batch to tensors on the device; frames stay uint8."""
@@ -599,16 +627,21 @@ class Trainer:
             self.logger.write(self.frames)
 
     def _log_predictions(self, count: int = 6) -> None:
-        """Open-loop videos of every image: the model sees the first part of each window and imagines the rest."""
+        """Open-loop predictions of every kind: the model sees the first part of each window and imagines the rest."""
         batch = self.eval_replay.sample(count)
         context = max(1, self.config.batch_length // 3)
         tensors = self.agent.to_device({**batch, "context": batch.context})
         tensors["context"]["valid"].zero_()  # whatever is stored belongs to older weights
-        with self.agent.autocast():
-            predicted = self.agent.world_model.predict(tensors, context)
-        for key, value in predicted.items():
-            if batch[key].dtype == np.uint8 and batch[key].ndim == 5:
-                self.logger.video(f"open_loop/{key}", open_loop_video(batch[key], value.float().cpu().numpy(), context))
+        model = self.agent.world_model
+        with self.agent.autocast(), torch.no_grad():
+            predicted, truth = model.predict(tensors, context), model.decoder.targets(tensors)
+        for kind, keys in model.decoder.kinds.items():
+            for key in keys if model.decoder.shows[kind] else ():
+                arrays = (value[key].cpu().numpy() for value in (truth, predicted))
+                arrays = (array.astype(np.float32) if array.dtype.kind == "f" else array for array in arrays)
+                shown = model.decoder.shows[kind](model.decoder.decoders[kind], key, *arrays, context)
+                for suffix, (method, value) in shown.items():
+                    getattr(self.logger, method)(f"open_loop/{key}{suffix}", value)
 
     def log_scalars(self) -> None:
         self._check_finite()

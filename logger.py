@@ -16,6 +16,7 @@ import secrets
 import shutil
 import sys
 import time
+import wave
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -221,6 +222,17 @@ def save_mp4(path: str | Path, frames, fps: float) -> Path:
 # Scalars
 
 
+def save_wav(path: str | Path, samples: np.ndarray, rate: int) -> Path:
+    """Writes a waveform in ±1 as 16-bit PCM."""
+    path = Path(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file, wave.open(file, "wb") as out:
+            out.setnchannels(1), out.setsampwidth(2), out.setframerate(rate)
+            out.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+    return path
+
+
 def read_numbers(values: list) -> list[float]:
     """Python floats of numbers, numpy scalars and one-element tensors, with one transfer per device."""
     numbers, on_device = [math.nan] * len(values), defaultdict(list)
@@ -330,6 +342,12 @@ class Logger:
         """Any number of values of any shape; those that are not finite are left out."""
         values = values.detach().float().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
         self._media.append(("histogram", name, values[np.isfinite(values)]))
+
+    def audio(self, name: str, sound: tuple[np.ndarray, int]) -> None:
+        """A waveform `[samples]` (played at its own loudest) and its samples per second."""
+        samples, rate = np.nan_to_num(np.asarray(sound[0], np.float32)), int(sound[1])
+        loudest = float(np.abs(samples).max(initial=0.0))
+        self._media.append(("audio", name, (samples / loudest if loudest else samples, rate)))
 
     def text(self, name: str, text: str) -> None:
         """Markdown."""
@@ -464,6 +482,8 @@ class Logger:
                 writer.add_histogram(name, value, step)
             elif kind == "text":
                 writer.add_text(name, value, step)
+            elif kind == "audio":
+                writer.add_audio(name, torch.from_numpy(value[0])[None], step, sample_rate=value[1])
             elif kind == "video":  # add_video needs an older moviepy; an animated GIF plays as an image
                 height, width = value.shape[1:3]
                 gif = Summary.Image(
@@ -473,12 +493,14 @@ class Logger:
         writer.flush()
 
     def _write_mp4(self, step: int, name: str, frames: np.ndarray) -> None:
-        file_name = re.sub(r"[^\w.-]+", "_", name)
-        path = self.logdir / "videos" / f"{file_name}-{step:09d}.mp4"
         try:
-            save_mp4(path, frames, self.fps)
+            save_mp4(self._media_path("videos", name, step, "mp4"), frames, self.fps)
         except UserError as error:  # the run matters more than its videos
             log.warning("%s", error)
+
+    def _media_path(self, folder: str, name: str, step: int, suffix: str) -> Path:
+        file_name = re.sub(r"[^\w.-]+", "_", name)
+        return self.logdir / folder / f"{file_name}-{step:09d}.{suffix}"
 
     def _start_wandb(self, options: dict):
         try:
@@ -520,6 +542,8 @@ class Logger:
                 data[name] = wandb.Histogram(value)
             elif kind == "text":
                 data[name] = wandb.Html(f"<pre>{html.escape(value)}</pre>")
+            elif kind == "audio":
+                data[name] = wandb.Audio(str(save_wav(self._media_path("audio", name, step, "wav"), *value)))
             elif kind == "video":
                 data[name] = wandb.Video(io.BytesIO(encode_gif(value, self.fps)), format="gif")
         self._wandb.log(data)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from distributions import mixed_loss, one_hot
 from errors import UserError
 from layers import Actor, BinaryHead, ScalarHead
+from modalities import ModalityConfig
 from networks import RSSM, MultiDecoder, MultiEncoder, State, features
 from returns import ReturnNormalizer, SlowTarget, lambda_return
 
@@ -38,6 +39,9 @@ class WorldModel(nn.Module):
         kl_free: nats per step below which each KL term is not pushed.
         grad_heads: which of decoder, reward, cont send gradient into the latent state.
         checkpointing: recompute the activations of frames and of the scan over time in the backward pass.
+        modalities: the active kinds of observation: names, none for all, or {name: ModalityConfig}.
+        modality_dropout: probability that a kind is hidden from the encoder throughout a window. All that was observed
+            is still predicted.
     """
 
     def __init__(
@@ -55,26 +59,35 @@ class WorldModel(nn.Module):
         kl_free: float = 1.0,
         grad_heads: Sequence[str] = ("decoder", "reward", "cont", "critic"),
         checkpointing: bool = False,
+        modalities: Sequence[str] | Mapping[str, ModalityConfig] = (),
+        modality_dropout: float = 0.0,
     ):
         super().__init__()
-        again = {"recompute": checkpointing}
-        self.encoder = MultiEncoder(obs_space, **encoder, **again)
-        self.rssm = RSSM(self.encoder.sizes, action, **dyn, **again)
-        self.decoder = MultiDecoder(obs_space, self.rssm.deter, self.rssm.stoch_size, **decoder, **again)
+        again, encoder = {"recompute": checkpointing}, dict(encoder)
+        fusion = encoder.pop("fusion", "concat")
+        self.encoder = MultiEncoder(obs_space, modalities=modalities, **encoder, **again)
+        self.rssm = RSSM(self.encoder.sizes, action, fusion=fusion, **dyn, **again)
+        self.decoder = MultiDecoder(
+            obs_space, self.rssm.deter, self.rssm.stoch_size, modalities=modalities, **decoder, **again
+        )
+        self.modality_dropout = modality_dropout
         self.reward = ScalarHead(self.rssm.feat_size, **reward_head)
         self.cont = BinaryHead(self.rssm.feat_size, **cont_head)
         self.discount = 1 - 1 / horizon
         self.contdisc, self.kl_free, self.grad_heads = contdisc, kl_free, tuple(grad_heads)
 
-    def loss(self, batch: dict, noise: Float[Tensor, "b t ..."]) -> tuple[Losses, State, Metrics]:
+    def loss(
+        self, batch: dict, noise: Float[Tensor, "b t ..."], drop: Float[Tensor, "b kinds"] | None = None
+    ) -> tuple[Losses, State, Metrics]:
         """Losses [B, T] (`rec/<key>`, `rew`, `con`, `dyn`, `rep`), posterior states [B, T, ...] with gradient, metrics.
 
         Args:
             batch: {key: [B, T, ...]} of observations, `action`, `reward`, `is_first`, `is_terminal`, and `context`:
                 {deter, stoch, action, valid} of the step before (see `replay.py`).
             noise: what the posterior is drawn with.
+            drop: uniform draws that decide which kinds are hidden (see `modality_dropout`).
         """
-        post, prior = self.observe(batch, noise)
+        post, prior = self.observe(batch, noise, drop)
         losses, metrics = self.score(post, prior, batch)
         return losses, post, metrics
 
@@ -94,14 +107,22 @@ class WorldModel(nn.Module):
         losses["dyn"], losses["rep"] = dyn.clamp(min=self.kl_free), rep.clamp(min=self.kl_free)
         return losses, self._metrics(losses, post, prior, dyn)
 
-    def observe(self, batch: dict, noise: Tensor | None = None) -> tuple[State, State]:
+    def observe(
+        self, batch: dict, noise: Tensor | None = None, drop: Float[Tensor, "b kinds"] | None = None
+    ) -> tuple[State, State]:
         """Posterior and prior states [B, T, ...] of a replayed batch, from its stored context."""
         context = batch["context"]
         # A window whose context has no stored latent starts like an episode does: zero state, zero previous action.
         is_first = torch.cat([batch["is_first"][:, :1] | ~context["valid"][:, None], batch["is_first"][:, 1:]], 1)
         prev_action = torch.cat([context["action"][:, None], batch["action"][:, :-1]], 1)
-        state = self.unpack(context["deter"], context["stoch"])
-        return self.rssm.observe(self.encoder(batch), prev_action, is_first, state, noise)
+        state, tokens = self.unpack(context["deter"], context["stoch"]), self.encoder(batch)
+        if drop is not None:
+            kept = (drop >= self.modality_dropout).unbind(-1)
+            tokens = {
+                kind: (embed, present & keep[:, None])
+                for (kind, (embed, present)), keep in zip(tokens.items(), kept, strict=True)
+            }
+        return self.rssm.observe(tokens, prev_action, is_first, state, noise)
 
     def unpack(self, deter: Tensor, stoch: Tensor) -> State:
         """Latents as stored (half precision, class indices) to a state."""
@@ -140,7 +161,7 @@ class WorldModel(nn.Module):
     def predict(self, batch: dict, context: int) -> dict[str, Tensor]:
         """Open-loop prediction: posterior for `context` steps, then the prior under the recorded actions.
 
-        Returns {key: [B, T, ...]} of the modes of all decoded observations.
+        Returns {key: [B, T, ...]} of the modes of all decoded observations (`MultiDecoder.targets` has the truth).
         """
         post, _ = self.observe(batch)
         last = {key: post[key][:, context - 1] for key in ("deter", "stoch")}
@@ -156,9 +177,11 @@ class WorldModel(nn.Module):
     @torch.no_grad()
     def _metrics(self, losses: Losses, post: State, prior: State, kl: Tensor) -> Metrics:
         recon = {key[len("rec/") :]: loss.mean() for key, loss in losses.items() if key.startswith("rec/")}
+        kinds = {kind: sum(recon[key] for key in keys) for kind, keys in self.decoder.kinds.items()}
         return {
             "world/recon_loss": sum(recon.values()),
             **{f"world/recon_{key}": loss for key, loss in recon.items()},
+            **{f"world/nats_{kind}": loss for kind, loss in kinds.items()},
             "world/reward_loss": losses["rew"].mean(),
             "world/cont_loss": losses["con"].mean(),
             "world/kl_loss": kl.mean(),

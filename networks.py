@@ -78,6 +78,7 @@ class MultiDecoder(nn.Module):
         kinds = {name: kind for name, kind in active(modalities).items() if kind.decoder_type is not None}
         self.kinds = select(spaces, kinds, options, "decoder")
         self.shows = {name: kinds[name].show for name in self.kinds}
+        self.scales = {name: kinds[name].loss_scale for name in self.kinds}
         self.decoders = nn.ModuleDict(
             {name: kinds[name].decoder(own, deter, stoch, options) for name, own in self.kinds.items()}
         )

@@ -49,6 +49,7 @@ class ModalityConfig:
         decoder_type: a name in `DECODERS`, or a class: (spaces, deter, stoch, **options) -> module mapping deter, stoch
             to {key: distribution}, with `target(key, value)`. None: not predicted.
         options: of its encoder and decoder, before those of the configuration.
+        loss_scale: of its keys' losses, where the configuration's `modality_scales` do not name it.
         display: a name in `DISPLAYS` (the decoder's type, if not given), or a function: see `image.show`.
         keys: regular expression over observation keys (full match), the name if not given. '.*' takes what no other
             kind names.
@@ -61,6 +62,7 @@ class ModalityConfig:
     encoder_type: str | Callable[..., nn.Module] = "mlp"
     decoder_type: str | Callable[..., nn.Module] | None = "mlp"
     options: Mapping | None = None
+    loss_scale: float = 1.0
     display: str | Callable | None = None
     keys: str | None = None
     keys_option: str | None = None
@@ -148,8 +150,8 @@ def select(
         options: of the encoder or decoder, with the patterns that replace a kind's own.
         where: `encoder` or `decoder`, for the message.
     Raises:
-        UserError: a key that two kinds take, a key that a kind names and cannot take, a pattern that was set and matches
-            no key, or no key taken at all.
+        UserError: a key that two kinds take, a key that a kind names and cannot take, a pattern that was set and
+            matches no key, or no key taken at all.
     """
     patterns = {name: kind.pattern(options) for name, kind in kinds.items()}
     chosen: dict[str, dict[str, Space]] = {name: {} for name in kinds}

@@ -72,8 +72,8 @@ class LogSpectrogram(nn.Module):
 def griffin_lim(
     magnitude: Float[np.ndarray, "frames bins"], window: int, hop: int, rounds: int = 32
 ) -> Float[np.ndarray, " samples"]:
-    """A waveform of about these magnitudes of `LogSpectrogram` (Griffin and Lim 1984): phases that agree with each other
-    are found by going back and forth.
+    """A waveform of about these magnitudes of `LogSpectrogram` (Griffin and Lim 1984): phases that agree with each
+    other are found by going back and forth.
     """
     hann = np.hanning(window + 1)[:-1]
     length = (len(magnitude) - 1) * hop + window

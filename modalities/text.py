@@ -35,8 +35,8 @@ def vocabulary(space: gs.Space) -> int:
 def show(
     decoder: nn.Module, key: str, truth: np.ndarray, predicted: np.ndarray, context: int, windows: int = 3
 ) -> dict:
-    """Sentences of the first windows at their last step, the true ones next to those that the model expects. Arguments as
-    in `image.show`.
+    """Sentences of the first windows, the true ones next to those that the model expects: where it was last shown the
+    truth, and at the end. Arguments as in `image.show`.
     """
     rows = [f"| step | truth | model, after seeing {context} steps |", "|---|---|---|"]
     for window in range(min(windows, len(truth))):
