@@ -14,8 +14,10 @@ import numpy as np
 from gymnasium import spaces
 
 from .gym_env import GymEnv
+from .text import TokenizeText
 from .wrappers import (
     ActionRepeat,
+    AddAudio,
     CheckSpaces,
     ConvertTypes,
     Env,
@@ -43,6 +45,7 @@ __all__ = [
 MODES = ("train", "eval")
 # First word of a task -> module with `load(config, mode, name, seed)`.
 SUITES = {"dmc": "dmc", "gym": "gym_env", "atari": "atari", "crafter": "crafter"}
+SUITES |= {"babyai": "babyai", "cue": "cues", "sound": "sound"}
 ARGUMENTS = ("config", "mode", "index")
 
 _registry = {}  # name -> factory, or its pickle in a worker process
@@ -79,7 +82,7 @@ def make_env(config, mode: str = "train", index: int = 0) -> Env:
     seed = env_seed(config.seed, mode, index)
     env = _create(config, mode, index, seed)
     try:
-        return _wrap(env, config)
+        return _wrap(env, config, seed)
     except Exception:
         if hasattr(env, "close"):
             env.close()
@@ -148,6 +151,7 @@ def _create(config, mode, index, seed):
 def _unknown(task):
     suite = task.partition("_")[0]
     examples = {"dmc": "dmc_<domain>_<task>", "gym": "gym_<id>", "atari": "atari_<game>", "crafter": "crafter_reward"}
+    examples |= {"babyai": "babyai_<level>", "cue": "cue_<modality>", "sound": "sound_<layout>"}
     close = difflib.get_close_matches(task, _registry, n=1)
     close += [examples[x] for x in difflib.get_close_matches(suite, SUITES, n=1, cutoff=0.5)]
     hint = f" did you mean {close[0]}?" if close else ""
@@ -183,12 +187,15 @@ def _adapt(env, seed, name):
     )
 
 
-def _wrap(env, config):
+def _wrap(env, config, seed):
     if getattr(env, "action_repeat", 1) != config.action_repeat:
         env = ActionRepeat(env, config.action_repeat)
     limit = config.time_limit or getattr(env, "time_limit", 0)
     if limit:
         env = TimeLimit(env, limit)
+    env = TokenizeText(env, **config.text)
+    if config.audio_dim:
+        env = AddAudio(env, config.audio_dim, config.audio_noise_std, seed)
     env = ResizeImage(ConvertTypes(env), config.image_size)
     return CheckSpaces(_wrap_action(env, config.task), config.task)
 

@@ -185,6 +185,26 @@ class ConvertTypes(Wrapper):
         return step
 
 
+class AddAudio(Wrapper):
+    """A dummy observation `audio`, float32 [dim]: zeros and normal noise, to try a pipeline that hears with anything."""
+
+    def __init__(self, env, dim: int, std: float, seed: int):
+        super().__init__(env)
+        if "audio" in self.obs_space:
+            raise TaskError("The environment observes `audio` itself: audio_dim must be 0.")
+        self._shape, self._std, self._rng = (dim,), std, np.random.default_rng(seed)
+        self.obs_space["audio"] = spaces.Box(-np.inf, np.inf, self._shape, np.float32)
+
+    def reset(self):
+        return self._add(self.env.reset())
+
+    def step(self, action):
+        return self._add(self.env.step(action))
+
+    def _add(self, step):
+        return {**step, "audio": self._std * self._rng.standard_normal(self._shape, np.float32)}
+
+
 class ResizeImage(Wrapper):
     """Images of any size to [height, width, channels] of `size`, by area averaging (OpenCV's INTER_AREA)."""
 

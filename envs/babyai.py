@@ -1,0 +1,71 @@
+"""BabyAI (Chevalier-Boisvert et al. 2019) and other tasks of minigrid, by the end of their ids: `babyai_GoToLocal-v0`.
+
+The agent sees what lies before it, as an image, and reads its mission. `babyai_GoToLocal-v0/blank` blanks the mission,
+to tell what reading it is worth.
+"""
+
+import difflib
+
+import numpy as np
+from gymnasium import spaces
+
+from .wrappers import Env, TaskError, transition
+
+VOCABULARY = (
+    "go to the a an pick up open put next and then after you on your left right in front of behind door ball box key "
+    "red green blue purple yellow grey object near , use fetch get traverse rooms goal square matching color end"
+).split()
+TILE = 16  # pixels of a tile, before the image is resized
+
+
+def load(config, mode: str, name: str, seed: int) -> Env:
+    try:
+        import gymnasium
+        import minigrid  # registers its environments
+        from minigrid.wrappers import RGBImgPartialObsWrapper
+    except ModuleNotFoundError as error:
+        raise TaskError("minigrid is not installed: pip install -r requirements/babyai.txt") from error
+    gymnasium.register_envs(minigrid)
+    name, _, blank = name.partition("/")
+    if blank not in ("", "blank"):
+        raise TaskError(f"babyai_{name}/{blank}: only /blank may follow a name.")
+    ids = [key for key in gymnasium.registry if key.startswith(("BabyAI-", "MiniGrid-"))]
+    found = next((key for key in (f"BabyAI-{name}", f"MiniGrid-{name}") if key in ids), None)
+    if found is None:
+        short = {key.partition("-")[2] for key in ids}
+        close = difflib.get_close_matches(name, short, n=1)
+        raise TaskError(f"babyai_{name}: unknown{f'; did you mean babyai_{close[0]}?' if close else ''}")
+    env = gymnasium.make(found, render_mode="rgb_array", disable_env_checker=True)
+    return BabyAI(RGBImgPartialObsWrapper(env, tile_size=TILE), seed, blank=bool(blank))
+
+
+class BabyAI(Env):
+    """Observes `image`, uint8 [H, W, 3], and `mission`, text. `log_success` tells at the end of an episode."""
+
+    vocabulary = VOCABULARY
+
+    def __init__(self, env, seed: int, blank: bool = False):
+        self._env, self._seed, self._blank = env, seed, blank
+        self.obs_space = {"image": env.observation_space["image"], "mission": spaces.Text(256)}
+        self.act_space = spaces.Discrete(int(env.action_space.n))
+
+    def reset(self):
+        obs, _ = self._env.reset(seed=self._seed)
+        self._seed = None  # only the first time: later episodes go on from there
+        return transition(self._observe(obs), first=True)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = self._env.step(int(action))
+        obs, ended = self._observe(obs), terminated or truncated
+        if ended:
+            obs["log_success"] = np.float32(reward > 0)
+        return transition(obs, reward, last=ended, terminal=terminated)
+
+    def render(self):
+        return self._env.unwrapped.render()
+
+    def close(self):
+        self._env.close()
+
+    def _observe(self, obs):
+        return {"image": obs["image"], "mission": "" if self._blank else str(obs["mission"])}
