@@ -239,7 +239,9 @@ class RSSM(nn.Module):
         products, weights = layout or self.layout()
         fused, seen = self.fusion.prepare(tokens, weights)
         inputs = self._inputs(action, is_first)
-        return self._obs_step(state, *inputs, seen, noise, products | fused, weights)[0]
+        state, _ = self._obs_step(state, *inputs, seen, noise, products | fused, weights)
+        state.pop("prior", None)
+        return state
 
     def img_step(
         self,

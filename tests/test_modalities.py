@@ -10,7 +10,7 @@ from gymnasium import spaces as gs
 
 from distributions import Joint, Normal, OneHot, SquaredError
 from errors import UserError
-from modalities import image, kinds_of, select, vector
+from modalities import MODALITY_CONFIGS, active, audio, image, kinds_of, select, text, vector
 
 IMAGE = gs.Box(0, 255, (16, 16, 3), np.uint8)
 POSE = gs.Box(-np.inf, np.inf, (3,), np.float32)
@@ -31,37 +31,37 @@ def frames(*lead: int, shape=(16, 16, 3)) -> torch.Tensor:
 
 
 def test_kinds():
-    assert kinds_of(IMAGE) == ["image"]
-    for space in (
-        POSE,
-        gs.Discrete(3),
-        gs.MultiDiscrete([2, 3]),
-        gs.Box(0, 1, (2, 2)),
-        gs.Box(0, 1, (16, 16, 3), np.float32),
-    ):
-        assert kinds_of(space) == ["vector"]
-    assert kinds_of(gs.Text(5)) == []
+    def of(space):
+        return kinds_of(space, MODALITY_CONFIGS)
+
+    assert of(IMAGE) == ["image"]
+    assert of(gs.Discrete(3)) == of(gs.MultiDiscrete([2, 3])) == of(gs.Box(0, 9, (2, 3, 4, 5))) == ["vector"]
+    for space in (POSE, gs.Box(0, 1, (2, 2)), gs.Box(0, 1, (16, 16, 3), np.float32)):
+        assert of(space) == ["vector", "audio"]
+    assert of(gs.Box(0, 9, (5,), np.int32)) == ["vector", "text"]
+    assert of(gs.Text(5)) == []
 
 
 def test_select_sorts_keys_into_kinds():
-    chosen = select(SPACES, {"mlp_keys": ".*", "cnn_keys": ".*"}, "encoder")
+    chosen = select(SPACES, MODALITY_CONFIGS, {"mlp_keys": ".*", "cnn_keys": ".*"}, "encoder")
     assert {kind: list(keys) for kind, keys in chosen.items()} == {
         "vector": ["lives", "pose", "ram"],
         "image": ["image"],
     }
-    chosen = select(SPACES, {"mlp_keys": "pose|lives", "cnn_keys": "$^"}, "encoder")
+    chosen = select(SPACES, MODALITY_CONFIGS, {"mlp_keys": "pose|lives", "cnn_keys": "$^"}, "encoder")
     assert {kind: list(keys) for kind, keys in chosen.items()} == {"vector": ["lives", "pose"]}
     # A pattern matches the whole key.
-    assert list(select(SPACES | {"pose2": POSE}, {"mlp_keys": "pose", "cnn_keys": ""}, "encoder")["vector"]) == ["pose"]
+    options = {"mlp_keys": "pose", "cnn_keys": ""}
+    assert list(select(SPACES | {"pose2": POSE}, MODALITY_CONFIGS, options, "encoder")["vector"]) == ["pose"]
     # `.*` may find nothing, as long as something else is there.
-    assert list(select({"pose": POSE}, {"mlp_keys": ".*", "cnn_keys": ".*"}, "encoder")) == ["vector"]
+    assert list(select({"pose": POSE}, MODALITY_CONFIGS, {}, "encoder")) == ["vector"]
 
 
 @pytest.mark.parametrize("patterns", [{"mlp_keys": "psoe", "cnn_keys": ".*"}, {"mlp_keys": ".*", "cnn_keys": "img"}])
 @pytest.mark.parametrize("where", ["encoder", "decoder"])
 def test_pattern_that_matches_nothing_is_an_error_that_lists_the_keys(patterns, where):
     with pytest.raises(UserError) as error:
-        select(SPACES, patterns, where)
+        select(SPACES, MODALITY_CONFIGS, patterns, where)
     option, pattern = next((k, v) for k, v in patterns.items() if v != ".*")
     assert f"{where}.{option}" in str(error.value) and f"'{pattern}'" in str(error.value)
     assert all(key in str(error.value) for key in SPACES)
@@ -69,9 +69,9 @@ def test_pattern_that_matches_nothing_is_an_error_that_lists_the_keys(patterns, 
 
 def test_nothing_chosen_at_all_is_an_error_that_lists_the_keys():
     with pytest.raises(UserError, match="pose"):
-        select(SPACES, {"mlp_keys": "", "cnn_keys": "$^"}, "encoder")
+        select(SPACES, MODALITY_CONFIGS, {"mlp_keys": "", "cnn_keys": "$^"}, "encoder")
     with pytest.raises(UserError, match="speech"):
-        select({"speech": gs.Text(5)}, {"mlp_keys": ".*", "cnn_keys": ".*"}, "encoder")
+        select({"speech": gs.Text(5)}, MODALITY_CONFIGS, {}, "encoder")
 
 
 # Images

@@ -9,17 +9,9 @@ from torch import distributions as td
 
 import layers
 from errors import UserError
-from networks import (
-    GRU,
-    RSSM,
-    BlockGRU,
-    ConcatFusion,
-    MultiDecoder,
-    MultiEncoder,
-    blend,
-    features,
-    flatten_stoch,
-)
+from fusion import ConcatFusion
+from networks import RSSM, MultiDecoder, MultiEncoder, features, flatten_stoch
+from recurrence import GRU, BlockGRU, blend
 
 SIZES = {"vector": 5, "image": 7}
 DYN = {"deter": 8, "hidden": 6, "stoch": 3, "discrete": 4, "blocks": 2}
@@ -29,6 +21,10 @@ VARIANTS = {
     "gru": {"cell": "gru"},
     "gaussian gru": {"discrete": 0, "cell": "gru"},
     "deep": {"dyn_layers": 2, "obs_layers": 2, "img_layers": 1},
+    "attention": {"fusion": "attention"},
+    "experts": {"fusion": "poe"},
+    "deep experts": {"fusion": "poe", "obs_layers": 2, "cell": "gru"},
+    "gaussian attention": {"fusion": "attention", "discrete": 0, "obs_layers": 2},
 }
 B, T, A = 3, 6, 2
 
