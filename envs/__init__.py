@@ -193,7 +193,8 @@ def _wrap(env, config, seed):
     limit = config.time_limit or getattr(env, "time_limit", 0)
     if limit:
         env = TimeLimit(env, limit)
-    env = TokenizeText(env, **config.text)
+    if any(isinstance(space, spaces.Text) for space in env.obs_space.values()):
+        env = TokenizeText(env, **config.text)
     if config.audio_dim:
         env = AddAudio(env, config.audio_dim, config.audio_noise_std, seed)
     env = ResizeImage(ConvertTypes(env), config.image_size)

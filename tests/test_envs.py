@@ -39,7 +39,8 @@ def config(task, **changes):
             **changes.pop("atari", {}),
         }
     )
-    values = {"task": task, "seed": 0, "action_repeat": 1, "time_limit": 0, "image_size": [64, 64], **changes}
+    values = {"task": task, "seed": 0, "action_repeat": 1, "time_limit": 0, "image_size": [64, 64]}
+    values |= {"audio_dim": 0, "audio_noise_std": 0.1, "text": {"length": 8}, "cue": {}, **changes}
     return SimpleNamespace(**values, dmc=dmc, atari=atari)
 
 

@@ -322,3 +322,177 @@ def test_vector_distributions(dist, kind):
 def test_keys_with_dots():
     decoder = vector.VectorDecoder({"arm.left": POSE}, 8, 6, units=8, layers=1)
     assert decoder(torch.randn(2, 8), torch.randn(2, 6))["arm.left"].mode().shape == (2, 3)
+
+
+# Audio
+
+
+AUDIO = {
+    "audio": gs.Box(-np.inf, np.inf, (6,), np.float32),
+    "audio_spectrogram": gs.Box(-np.inf, np.inf, (10, 9), np.float32),
+    "audio_wave": gs.Box(-1, 1, (2, 400), np.float32),
+}
+SOUND = {"units": 8, "layers": 2, "audio_depth": 4, "audio_window": 64, "audio_hop": 32}
+
+
+def sounds(*lead: int) -> dict[str, torch.Tensor]:
+    return {key: torch.randn(*lead, *space.shape) for key, space in AUDIO.items()}
+
+
+def test_forms_of_audio():
+    shapes = {(64,): "features", (10, 9): "spectrogram", (2, 10, 9): "spectrogram", (100, 64): "spectrogram"}
+    shapes |= {(1, 400): "waveform", (4, 1600): "waveform", (4, 100): "waveform", (1, 64): "spectrogram"}
+    assert {shape: audio.form(shape) for shape in shapes} == shapes
+
+
+def test_spectrogram_against_torch():
+    """torch.stft with the same window, scaled; a sine of amplitude 1 has magnitude 0.5 in its bin."""
+    net, wave = audio.LogSpectrogram(400, 64, 32).double(), torch.randn(3, 2, 400, dtype=torch.float64)
+    hann = torch.hann_window(64, dtype=torch.float64)
+    spectrum = torch.stft(wave.flatten(0, 1), 64, 32, window=hann, center=False, return_complex=True)
+    expected = torch.log1p(1000 * spectrum.abs() / hann.sum()).transpose(1, 2).unflatten(0, (3, 2))
+    assert net(wave).shape == (3, 2, net.frames, net.bins) == (3, 2, 11, 33)
+    torch.testing.assert_close(net(wave), expected, rtol=1e-5, atol=1e-6)
+    sine = torch.sin(2 * np.pi * 8 * torch.arange(400, dtype=torch.float64) / 64)
+    magnitude = torch.expm1(net(sine)) / net.gain
+    assert (magnitude.argmax(-1) == 8).all() and torch.allclose(magnitude[:, 8], torch.tensor(0.5).double(), rtol=1e-3)
+
+
+def test_spectrogram_of_silence_has_a_gradient():
+    net, wave = audio.LogSpectrogram(400, 64, 32), torch.zeros(1, 400, requires_grad=True)
+    net(wave).sum().backward()
+    assert (net(wave) < 0.01).all() and wave.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("front", ["spectrogram", "raw"])
+def test_audio_of_every_form_goes_in_and_comes_out(front):
+    encoder = audio.AudioEncoder(AUDIO, audio_front=front, **SOUND)
+    decoder = audio.AudioDecoder(AUDIO, 8, 6, **SOUND)
+    obs = sounds(2, 3)
+    assert encoder(obs, {}).shape == (2, 3, encoder.out_size) == (2, 3, 24)
+    dists = decoder(torch.randn(2, 3, 8), torch.randn(2, 3, 6))
+    shapes = {"audio": (6,), "audio_spectrogram": (1, 10, 9), "audio_wave": (2, 11, 33)}
+    for key, shape in shapes.items():
+        target = decoder.target(key, obs[key])
+        assert target.shape == dists[key].mode().shape == (2, 3, *shape)
+        expected = (dists[key].pred - (target if key != "audio" else torch.sign(target) * torch.log1p(target.abs())))
+        torch.testing.assert_close(dists[key].loss(target), expected.square().flatten(2).sum(-1))
+    sum(dist.loss(decoder.target(key, obs[key])).sum() for key, dist in dists.items()).backward()
+    encoder(obs, {}).square().sum().backward()
+    for net in (encoder, decoder):
+        assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_absent_audio_does_not_matter():
+    encoder, obs = audio.AudioEncoder(AUDIO, **SOUND), sounds(2)
+    other = {key: torch.cat([value[:1], torch.randn_like(value[1:])]) for key, value in obs.items()}
+    present = {key: torch.tensor([True, False]) for key in AUDIO}
+    assert torch.equal(encoder(obs, present), encoder(other, present))
+
+
+def test_a_waveform_shorter_than_the_window_is_an_error():
+    with pytest.raises(UserError, match="100 samples.*audio_window"):
+        audio.AudioEncoder({"audio": gs.Box(-1, 1, (1, 100))}, units=8, layers=1)
+
+
+def test_sound_from_a_spectrogram():
+    """Griffin-Lim gives a waveform with these magnitudes again: a tone comes back as that tone."""
+    rate, steps, samples = 16_000, 5, 1600
+    space = {"audio": gs.Box(-1, 1, (1, samples), np.float32)}
+    decoder = audio.AudioDecoder(space, 8, 6, units=8, layers=1)
+    wave = 0.5 * torch.sin(2 * np.pi * 1000 * torch.arange(steps * samples) / rate)
+    truth = decoder.target("audio", wave.view(1, steps, 1, samples)).numpy()
+    shown = audio.show(decoder, "audio", truth, truth, 2)
+    sound, found_rate = shown["/model"][1]
+    assert found_rate == rate and shown["/truth"][0] == "audio" and shown[""][0] == "image"
+    assert abs(len(sound) - steps * samples) < samples / 4
+    middle = sound[1600:-1600]
+    spectrum = np.abs(np.fft.rfft(middle * np.hanning(len(middle))))
+    assert abs(spectrum.argmax() * rate / len(middle) - 1000) < 10
+    assert np.sqrt(np.mean(middle**2)) == pytest.approx(0.5 / np.sqrt(2), rel=0.15)
+
+
+# Text
+
+
+MISSION = {"mission": gs.Box(0, 19, (7,), np.int32)}
+READ = {"units": 8, "layers": 2, "text_units": 16, "text_layers": 2}
+
+
+def sentences(*lead: int) -> torch.Tensor:
+    ids = torch.randint(1, 20, (*lead, 7), dtype=torch.int32)
+    return ids * (torch.arange(7) < torch.randint(1, 8, (*lead, 1)))
+
+
+def test_padding_does_not_matter():
+    """As many more padded places as one likes give the same embedding; no token at all gives zeros."""
+    encoder, ids = text.TextEncoder(MISSION, **READ).double(), sentences(4, 5)
+    ids[0, 0] = 0
+    longer = torch.cat([ids, torch.zeros(4, 5, 6, dtype=torch.int32)], -1)
+    found = encoder({"mission": ids}, {})
+    torch.testing.assert_close(encoder({"mission": longer}, {}), found, rtol=1e-10, atol=1e-12)
+    assert found.shape == (4, 5, 16) and not found[0, 0].any() and found[1:].any(-1).all()
+    alone = encoder({"mission": ids[2, 3, : int((ids[2, 3] != 0).sum())]}, {})
+    torch.testing.assert_close(alone, found[2, 3], rtol=1e-10, atol=1e-12)
+
+
+def test_order_and_identity_of_words_matter():
+    encoder = text.TextEncoder(MISSION, **READ)
+    one, two, three = (torch.tensor([ids], dtype=torch.int32) for ids in ([3, 4, 5], [4, 3, 5], [3, 4, 6]))
+    embeds = [encoder({"mission": ids}, {}) for ids in (one, two, three)]
+    assert not torch.allclose(embeds[0], embeds[1]) and not torch.allclose(embeds[0], embeds[2])
+
+
+def test_absent_text_counts_as_none():
+    encoder, ids = text.TextEncoder(MISSION, **READ), sentences(3)
+    found = encoder({"mission": ids}, {"mission": torch.tensor([True, False, True])})
+    assert not found[1].any() and torch.equal(found[::2], encoder({"mission": ids}, {})[::2])
+
+
+def test_text_loss_is_nats_per_token_that_is_there():
+    decoder, ids = text.TextDecoder(MISSION, 8, 6, **READ), sentences(3, 4)
+    ids[0, 0] = 0
+    dist = decoder(torch.randn(3, 4, 8), torch.randn(3, 4, 6))["mission"]
+    target = decoder.target("mission", ids)
+    nats = F.cross_entropy(dist.logits.flatten(0, 2), target.flatten(), ignore_index=0, reduction="none").view(3, 4, 7)
+    expected = nats.sum(-1) / (target != 0).sum(-1).clamp(min=1)
+    torch.testing.assert_close(dist.loss(target), expected)
+    assert dist.loss(target)[0, 0] == 0 and dist.mode().shape == (3, 4, 7)
+
+
+# Choosing among all kinds
+
+
+def test_keys_with_a_name_of_their_own_go_there():
+    chosen = select(AUDIO | MISSION | SPACES, MODALITY_CONFIGS, {"audio_keys": "audio.*"}, "encoder")
+    assert {kind: list(keys) for kind, keys in chosen.items()} == {
+        "vector": ["lives", "pose", "ram"],
+        "image": ["image"],
+        "audio": ["audio", "audio_spectrogram", "audio_wave"],
+        "text": ["mission"],
+    }
+    assert "audio" not in select(SPACES, MODALITY_CONFIGS, {}, "encoder")
+
+
+@pytest.mark.parametrize(
+    "spaces, options, told",
+    [
+        (AUDIO, {"mlp_keys": "aud.*"}, "two kinds.*mlp_keys.*audio_keys"),
+        ({"audio": IMAGE}, {}, "'audio' is uint8.*the kind audio cannot take.*encoder.audio_keys"),
+        ({"mission": POSE}, {}, "'mission' is float32.*text cannot take"),
+        (SPACES, {"audio_keys": "sound"}, "encoder.audio_keys is 'sound'.*pose"),
+    ],
+)
+def test_keys_that_fit_badly(spaces, options, told):
+    with pytest.raises(UserError, match=told):
+        select(spaces, MODALITY_CONFIGS, options, "encoder")
+
+
+def test_active_kinds():
+    assert list(active(())) == list(MODALITY_CONFIGS)
+    assert list(active(["text", "image"])) == ["image", "text"]
+    own = {"image": MODALITY_CONFIGS["image"]}
+    assert active(own) == own
+    with pytest.raises(UserError, match="'imaeg' is not a kind.*mean image"):
+        active(["imaeg"])
+    assert list(select(SPACES, active(["image"]), {}, "encoder")) == ["image"]

@@ -470,8 +470,11 @@ def test_fusion_in_parts_is_dense_layers_on_everything(layers):
     x = torch.cat([deter, *(embed * present.unsqueeze(-1) for embed, present in tokens.values())], -1)
     for layer in (fusion.first, *fusion.rest):
         x = norm_silu(F.linear(x, layer.linear.weight, layer.linear.bias), layer.norm.scale)
-    weight, shares = fusion.prepare(tokens, fusion.layout())
-    found = torch.stack([fusion.step(deter[:, t], (weight, shares[:, t])) for t in range(T)], 1)
+    weights = fusion.layout()
+    products, rest = fusion.prepare(tokens, weights)
+    weight, shares = products["fusion"]
+    found = [fusion.step(deter[:, t], rest, {"fusion": (weight, shares[:, t])}, weights)[0] for t in range(T)]
+    found = torch.stack(found, 1)
     check_equal(found, x, deter, *embeds.values(), *fusion.parameters())
 
 
