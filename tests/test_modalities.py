@@ -1,6 +1,11 @@
 """Kinds of observation: which keys belong to which, how they go in, how they come out and are scored."""
 
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ from distributions import Joint, Normal, OneHot, SquaredError
 from errors import UserError
 from modalities import MODALITY_CONFIGS, active, audio, image, kinds_of, select, text, vector
 
+ROOT = Path(__file__).resolve().parent.parent
 IMAGE = gs.Box(0, 255, (16, 16, 3), np.uint8)
 POSE = gs.Box(-np.inf, np.inf, (3,), np.float32)
 SPACES = {"image": IMAGE, "pose": POSE, "lives": gs.Discrete(4), "ram": gs.Box(0, 255, (8,), np.uint8)}
@@ -496,3 +502,18 @@ def test_active_kinds():
     with pytest.raises(UserError, match="'imaeg' is not a kind.*mean image"):
         active(["imaeg"])
     assert list(select(SPACES, active(["image"]), {}, "encoder")) == ["image"]
+
+
+# Documentation
+
+
+def test_the_example_of_the_documentation_runs(tmp_path):
+    """As a file of its own, outside of the project, in at most 40 lines."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "modalities.md").read_text(), re.DOTALL)
+    assert len(code.splitlines()) <= 40
+    (tmp_path / "lidar.py").write_text(code.replace('"--logdir"', '"--steps", "120", "--logdir"'))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "lidar.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    last = json.loads((tmp_path / "logdir/walls/metrics.jsonl").read_text().splitlines()[-1])
+    assert "world/nats_lidar" in last and "world/recon_lidar" in last
