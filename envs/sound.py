@@ -1,14 +1,15 @@
 """A robot with microphones looks for what sounds in a room: `sound_rectangle`, `sound_l`, `sound_pillar`.
 
-Sound is simulated by pyroomacoustics (image sources: direct sound and reflections at walls, floor and ceiling) from every
-source to every microphone, at the robot's pose of this step, and is continuous in time. The task of the published
+Sound is simulated by pyroomacoustics (image sources: direct sound and reflections at walls, floor and ceiling) from
+every source to every microphone, at the robot's pose of this step, and is continuous in time. The task of the published
 turtlebot experiments on finding a source of sound, as a gymnasium-style environment.
 
     python -m envs.sound --task sound_rectangle --policy oracle --episodes 20       # what is there to reach
 
-Observations (`sound.observe`): `audio`, a waveform [mics, samples] or (`sound.audio: features`) log-spectrogram bands of
-each microphone and the phase differences to the first; `pose` (x, y, cos and sin of the heading, metres); `map`, what is
-solid around the robot; `image`, from above or (`sound.view: first`) from the robot's eyes, with every source in sight.
+Observations (`sound.observe`): `audio`, a waveform [mics, samples] or (`sound.audio: features`) log-spectrogram bands
+of each microphone and the phase differences to the first; `pose` (x, y, cos and sin of the heading, metres); `map`,
+what is solid around the robot; `image`, from above or (`sound.view: first`) from the robot's eyes, with every source in
+sight.
 
 Reward: metres of shortest way that came off the distance to the nearest source, `ARRIVAL` for reaching one, minus
 `CONTACT` for touching a wall and `TIME` each step. The episode ends when all sources are found; distractors are not.
@@ -511,8 +512,8 @@ def read_wav(path: Path) -> np.ndarray:
 
 
 class Features:
-    """Bands of the log-spectrogram of each microphone, then cosine and sine of the phase difference of every other one to
-    the first, in the same bands; the mean over the step.
+    """Bands of the log-spectrogram of each microphone, then cosine and sine of the phase difference of every other one
+    to the first, in the same bands; the mean over the step.
     """
 
     def __init__(self, samples: int, mics: int):

@@ -1,10 +1,11 @@
 """Text observations as token ids: a fixed number of them each step, filled up with padding.
 
-Id 0 is padding, 1 a word that is not in the vocabulary, 2 the end of the text. What comes after depends on the tokenizer:
+Id 0 is padding, 1 a word that is not in the vocabulary, 2 the end of the text. What comes after depends on the
+tokenizer:
 
     bytes               the text's UTF-8 bytes; needs no vocabulary, and no word is unknown
     words               the environment's own word list (its attribute `vocabulary`)
-    FILE.json           a tokenizer of the package `tokenizers` (pip install -r requirements/text.txt), such as byte pairs:
+    FILE.json           a tokenizer of the package `tokenizers` (pip install -r requirements/text.txt), such as pairs:
                         python -m envs.text --train corpus.txt --size 1000 FILE.json
 
 With `stream` there is one token each step, as in Dynalang (Lin et al. 2023): a new text begins when it changes.

@@ -186,7 +186,7 @@ class ConvertTypes(Wrapper):
 
 
 class AddAudio(Wrapper):
-    """A dummy observation `audio`, float32 [dim]: zeros and normal noise, to try a pipeline that hears with anything."""
+    """A dummy observation `audio`, float32 [dim]: zeros and normal noise, to try a pipeline that hears."""
 
     def __init__(self, env, dim: int, std: float, seed: int):
         super().__init__(env)
