@@ -316,7 +316,10 @@ def _index(action: np.ndarray, n: int) -> int:
 
 
 class CheckSpaces(Wrapper):
-    """Compares spaces and values at each reset, and brings reward and flags to numpy types.
+    """Compares spaces and values at each reset, numbers at each step, and brings reward and flags to numpy types.
+
+    A number that is not one (NaN), and an id outside of its vocabulary, would do harm where nobody could tell any more
+    where it came from.
 
     Raises ValueError naming the key, what was found and what its space says.
     """
@@ -329,14 +332,30 @@ class CheckSpaces(Wrapper):
         for key in self.obs_space:
             if key in RESERVED or key.startswith("log_"):
                 raise ValueError(f"{name}: an observation cannot be named '{key}' (used by the replay): rename it.")
+        boxes = {key: space for key, space in self.obs_space.items() if isinstance(space, spaces.Box)}
+        self._floats = [key for key, space in boxes.items() if space.dtype.kind == "f"]
+        # The largest id is what the world model has a row for; bytes cannot lie outside.
+        self._highest = {k: s.high.max() for k, s in boxes.items() if s.dtype.kind in "iu" and s.dtype != np.uint8}
 
     def reset(self):
         step = self._complete(self.env.reset())
         self._check(step)
+        self._check_numbers(step)
         return step
 
     def step(self, action):
-        return self._complete(self.env.step(action))
+        step = self._complete(self.env.step(action))
+        self._check_numbers(step)
+        return step
+
+    def _check_numbers(self, step):
+        for key in self._floats:
+            if step.get(key) is not None and np.isnan(step[key]).any():
+                raise ValueError(f"{self._name}: observation '{key}' has NaN in it; leave it out where it is missing.")
+        for key, highest in self._highest.items():
+            value = step.get(key)
+            if value is not None and (np.max(value) > highest or np.min(value) < 0 <= self.obs_space[key].low.min()):
+                raise ValueError(f"{self._name}: observation '{key}' is {value}, outside its space {self.obs_space[key]}.")
 
     def _complete(self, step):
         missing = [key for key in ("reward", *FLAGS) if key not in step]

@@ -58,9 +58,10 @@ class LogSpectrogram(nn.Module):
             )
         self.window, self.hop, self.gain = window, hop, gain
         self.frames, self.bins = (samples - window) // hop + 1, window // 2 + 1
-        phase = 2 * math.pi * torch.arange(window)[:, None] * torch.arange(self.bins) / window
-        hann = torch.hann_window(window)[:, None]
-        self.register_buffer("basis", torch.cat([phase.cos(), phase.sin()], 1) * hann / hann.sum(), persistent=False)
+        phase = 2 * math.pi / window * (torch.arange(window)[:, None] * torch.arange(self.bins)).double()
+        hann = torch.hann_window(window, dtype=torch.float64)[:, None]
+        basis = torch.cat([phase.cos(), phase.sin()], 1) * hann / hann.sum()
+        self.register_buffer("basis", basis.to(torch.get_default_dtype()), persistent=False)
 
     def forward(self, wave: Float[Tensor, "*b samples"]) -> Float[Tensor, "*b frames bins"]:
         with torch.autocast(wave.device.type, enabled=False):
@@ -76,15 +77,19 @@ def griffin_lim(
     other are found by going back and forth.
     """
     hann = np.hanning(window + 1)[:-1]
-    length = (len(magnitude) - 1) * hop + window
     places = np.arange(len(magnitude))[:, None] * hop + np.arange(window)
-    weight = np.zeros(length)
-    np.add.at(weight, places, hann**2)
+
+    def overlapped(frames: np.ndarray) -> np.ndarray:
+        out = np.zeros(places[-1, -1] + 1)
+        for place, frame in zip(places, frames, strict=True):
+            out[place] += frame
+        return out
+
+    weight = overlapped(np.broadcast_to(hann**2, places.shape))
+    weight = np.maximum(weight, 0.1 * weight.max())
 
     def to_wave(spectrum: np.ndarray) -> np.ndarray:
-        wave = np.zeros(length)
-        np.add.at(wave, places, np.fft.irfft(spectrum, window) * hann)
-        return wave / np.maximum(weight, 0.1 * weight.max())
+        return overlapped(np.fft.irfft(spectrum, window) * hann) / weight
 
     magnitude = magnitude * hann.sum()
     phase = np.exp(2j * np.pi * np.random.default_rng(0).random(magnitude.shape))

@@ -155,7 +155,7 @@ class TextEncoder(nn.Module):
             ids = obs[key].long()
             if key in present:
                 ids = ids * present[key].unsqueeze(-1)
-            parts.append(self.nets[name](ids.flatten(0, -2)).unflatten(0, ids.shape[:-1]))
+            parts.append(self.nets[name](ids.reshape(-1, ids.shape[-1])).reshape(*ids.shape[:-1], -1))
         return torch.cat(parts, -1)
 
 
