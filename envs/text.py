@@ -60,9 +60,7 @@ class Pieces:
         try:
             import tokenizers
         except ModuleNotFoundError as error:
-            raise TaskError(
-                f"text.tokenizer {path} needs tokenizers: pip install -r requirements/text.txt"
-            ) from error
+            raise TaskError(f"text.tokenizer {path} needs tokenizers: pip install -r requirements/text.txt") from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the package raises its own base class

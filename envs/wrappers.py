@@ -355,7 +355,9 @@ class CheckSpaces(Wrapper):
         for key, highest in self._highest.items():
             value = step.get(key)
             if value is not None and (np.max(value) > highest or np.min(value) < 0 <= self.obs_space[key].low.min()):
-                raise ValueError(f"{self._name}: observation '{key}' is {value}, outside its space {self.obs_space[key]}.")
+                raise ValueError(
+                    f"{self._name}: observation '{key}' is {value}, outside its space {self.obs_space[key]}."
+                )
 
     def _complete(self, step):
         missing = [key for key in ("reward", *FLAGS) if key not in step]

@@ -381,7 +381,7 @@ def test_audio_of_every_form_goes_in_and_comes_out(front):
     for key, shape in shapes.items():
         target = decoder.target(key, obs[key])
         assert target.shape == dists[key].mode().shape == (2, 3, *shape)
-        expected = (dists[key].pred - (target if key != "audio" else torch.sign(target) * torch.log1p(target.abs())))
+        expected = dists[key].pred - (target if key != "audio" else torch.sign(target) * torch.log1p(target.abs()))
         torch.testing.assert_close(dists[key].loss(target), expected.square().flatten(2).sum(-1))
     sum(dist.loss(decoder.target(key, obs[key])).sum() for key, dist in dists.items()).backward()
     encoder(obs, {}).square().sum().backward()

@@ -1,0 +1,53 @@
+"""BabyAI: what is seen and read, and mistakes."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from envs import TaskError, make_env
+
+pytest.importorskip("minigrid", reason="needs requirements/babyai.txt")
+
+
+def make(task: str, seed: int = 0):
+    config = SimpleNamespace(task=task, seed=seed, action_repeat=1, time_limit=0, image_size=[64, 64], audio_dim=0)
+    return make_env(SimpleNamespace(**vars(config), text={"length": 16}))
+
+
+def test_missions_are_read_and_views_seen():
+    env, missions = make("babyai_GoToLocal-v0"), set()
+    for _ in range(8):
+        step = env.reset()
+        mission = env.obs_space["mission"].decode(step["mission"])
+        assert mission.startswith("go to") and "?" not in mission
+        missions.add(mission)
+        assert step["image"].shape == (64, 64, 3) and step["image"].std() > 5
+    assert len(missions) > 2
+
+
+def test_seeds_decide():
+    one, same, other = (make("babyai_GoToLocal-v0", seed).reset() for seed in (0, 0, 1))
+    assert np.array_equal(one["image"], same["image"]) and np.array_equal(one["mission"], same["mission"])
+    assert not np.array_equal(one["image"], other["image"])
+
+
+def test_a_blank_mission_is_the_same_task_without_words():
+    seeing, blank = make("babyai_GoToLocal-v0"), make("babyai_GoToLocal-v0/blank")
+    one, two = seeing.reset(), blank.reset()
+    assert np.array_equal(one["image"], two["image"]) and not two["mission"].any() and one["mission"].any()
+
+
+def test_episodes_end_at_the_limit():
+    env = make("babyai_GoToRedBallGrey-v0")
+    step, count = env.reset(), 0
+    while not step["is_last"]:
+        step, count = env.step(0), count + 1  # turning on the spot
+    assert not step["is_terminal"] and step["log_success"] == 0 and count > 10
+
+
+def test_unknown_levels():
+    with pytest.raises(TaskError, match="babyai_GoToLocl-v0.*GoToLocal"):
+        make("babyai_GoToLocl-v0")
+    with pytest.raises(TaskError, match="only /blank"):
+        make("babyai_GoToLocal-v0/black")
