@@ -44,7 +44,7 @@ from replay import Replay, ReplayError
 from storage import DeviceRows, HostRows
 
 log = logging.getLogger("dreamer")
-WRONG = (UserError, ReplayError, EnvError)  # what the user can mend: shown as one line
+USER_ERRORS = (UserError, ReplayError, EnvError)  # what the user can mend: shown as one line
 
 
 class Dreamer(nn.Module):
@@ -842,7 +842,7 @@ def cli(config: Config) -> int:
     """Exit status: 0, or 1 with one line that says what is wrong."""
     try:
         main(config)
-    except WRONG as error:
+    except USER_ERRORS as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:

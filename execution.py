@@ -4,6 +4,7 @@ The agent's steps are functions of tensors of static shapes, with every random n
 same numbers; model code does not know which it is. What each is worth is measured in docs/performance.md.
 """
 
+import functools
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,7 +55,6 @@ class Captured:
     def __init__(self, function: Callable, warmup: int = 3, copies: bool = False):
         self.function, self.warmup, self.copies = function, warmup, copies
         self.signatures: dict[tuple, Signature] = {}
-        self.side: torch.cuda.Stream | None = None
 
     def __call__(self, *inputs: Any) -> Any:
         found = list(leaves(inputs))
@@ -72,18 +72,16 @@ class Captured:
         state.replay()
         return mapped(state.outputs, torch.clone) if self.copies else state.outputs
 
-    @property
+    @functools.cached_property
     def stream(self):
         """One for all warm-ups and captures of this function, as libraries keep memory for every stream they meet."""
-        self.side = self.side or torch.cuda.Stream()
-        return self.side
+        return torch.cuda.Stream()
 
     def warm_up(self, inputs: tuple) -> Any:
-        side = self.stream
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             outputs = self.function(*inputs)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.stream)
         return outputs
 
     def capture(self, inputs: tuple) -> tuple[Callable[[], None], Any]:

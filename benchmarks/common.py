@@ -22,7 +22,7 @@ from measuring import machine, waiter  # noqa: E402
 import config as configuration  # noqa: E402
 import tools  # noqa: E402
 from config import Config  # noqa: E402
-from dreamer import WRONG, Dreamer, Trainer  # noqa: E402
+from dreamer import USER_ERRORS, Dreamer, Trainer  # noqa: E402
 from replay import Replay  # noqa: E402
 
 ACTIONS, NUMBERS = 6, 24
@@ -38,7 +38,7 @@ def command(main: Callable[[], dict]) -> dict:
     """`main()` of a script. What its user got wrong is one line and exit status 1."""
     try:
         return main()
-    except WRONG as error:
+    except USER_ERRORS as error:
         raise SystemExit(f"Error: {error}") from None
 
 
