@@ -298,7 +298,7 @@ def test_free_nats_are_granted_per_step_after_the_sum():
     assert (each[0] < 1).all() and each[0].sum() > 1, "clipping per categorical would give 3"
     assert each.sum(-1).mean() > 1, "clipping the mean would leave step 1 at 0"
     expected = torch.stack([each[0].sum(), torch.tensor(1.0), each[2].sum()])
-    world.observe = lambda batch, noise: (post | {"deter": torch.zeros(1, 3, 8), "stoch": post["logit"]}, prior)
+    world.observe = lambda batch, noise, drop: (post | {"deter": torch.zeros(1, 3, 8), "stoch": post["logit"]}, prior)
     batch = make_batch(world, 1, 3)
     losses, _, metrics = world.loss(batch, torch.zeros(1, 3, 3, 4))
     for key in ("dyn", "rep"):
