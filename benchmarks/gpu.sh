@@ -93,7 +93,7 @@ updates() { # updates OBS: a workload in every mode, acting, and where the time 
 
 vision() {
   updates vision
-  run update-float16 150 "$PYTHON" benchmarks/train_step.py "${best[@]}" --precision float16 "${common[@]}"
+  run update-float16 200 "$PYTHON" benchmarks/train_step.py "${best[@]}" --precision float16 "${common[@]}"
   if [[ $DEVICE == cuda* ]]; then
     run update-frames-on-the-card 150 "$PYTHON" benchmarks/train_step.py "${best[@]}" --replay_device cuda "${common[@]}"
   else
