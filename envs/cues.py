@@ -14,16 +14,19 @@ from .wrappers import Env, TaskError, transition
 
 KINDS = ("image", "audio", "text", "vector")
 COLOURS = np.array([[220, 40, 40], [40, 180, 60], [50, 80, 220], [230, 200, 40]], np.float64)
+GREY = 110  # of what is behind a colour
 WORDS = ("north", "east", "south", "west")
 PITCHES = (400, 800, 1600, 3200)  # Hz
 RATE = 16_000  # samples per second
 
 
 def load(config, mode: str, name: str, seed: int) -> Env:
-    """config: image_size, cue.{delay, samples, missing}."""
+    """config: image_size, cue.{delay, samples, missing, absent}."""
     kinds = KINDS if name == "all" else tuple(name.split("_"))
     if not set(kinds) <= set(KINDS):
         raise TaskError(f"cue_{name}: unknown; a task is cue_all, or cue_ and some of {', '.join(KINDS)}.")
+    if not set(config.cue.get("absent", ())) <= set(KINDS):
+        raise TaskError(f"cue.absent is {list(config.cue['absent'])}, expected some of {', '.join(KINDS)}.")
     return CueWorld(kinds, config.image_size, seed, **config.cue)
 
 
@@ -35,14 +38,24 @@ class CueWorld(Env):
         delay: steps from the cue to the action that counts, at least 0.
         samples: of the waveform, each step.
         missing: probability that a modality is not there, for each modality and step.
+        absent: modalities that are never there.
     """
 
     vocabulary = WORDS
     classes = len(WORDS)
 
-    def __init__(self, kinds, size=(64, 64), seed: int = 0, delay: int = 1, samples: int = 400, missing: float = 0.0):
+    def __init__(
+        self,
+        kinds,
+        size=(64, 64),
+        seed: int = 0,
+        delay: int = 1,
+        samples: int = 400,
+        missing: float = 0.0,
+        absent=(),
+    ):
         self._kinds, self._size, self._delay = kinds, tuple(size), delay
-        self._samples, self._missing = samples, missing
+        self._samples, self._missing, self._absent = samples, missing, frozenset(absent)
         self._rng = np.random.default_rng(seed)
         self.obs_space = {
             "image": spaces.Box(0, 255, (*self._size, 3), np.uint8),
@@ -69,14 +82,14 @@ class CueWorld(Env):
     def _observe(self, kinds) -> dict:
         """All modalities, with the cue in some; those that are missing at this step left out."""
         obs = {kind: getattr(self, f"_{kind}")(kind in kinds) for kind in KINDS}
-        if not self._missing:
-            return obs
-        return {kind: value for kind, value in obs.items() if self._rng.random() >= self._missing}
+        if self._missing:
+            obs = {kind: value for kind, value in obs.items() if self._rng.random() >= self._missing}
+        return {kind: value for kind, value in obs.items() if kind not in self._absent}
 
     def _image(self, cue: bool):
         """A coloured square on grey noise, somewhere."""
         height, width = self._size
-        image = self._rng.normal(110, 12, (height, width, 3))
+        image = self._rng.normal(GREY, 12, (height, width, 3))
         if cue:
             side = height // 2
             top, left = self._rng.integers(0, height - side + 1), self._rng.integers(0, width - side + 1)

@@ -18,8 +18,9 @@ from distributions import Normal, SquaredError, full_precision
 from errors import UserError
 from layers import ACTIVATIONS, BlockLinear, Conv, Dense, Linear, RMSNorm, in_pieces
 
-# Frames that go through the convolutions together on a CPU: their maps fit its cache, their products fill its cores.
-FRAMES = 16
+# Pixels of the frames that go through the convolutions together on a CPU: their maps fit its cache, their products fill
+# its cores.
+PIXELS = 16 * 64 * 64
 
 
 def recognises(space: gs.Space) -> bool:
@@ -152,6 +153,7 @@ class ImageEncoder(nn.Module):
             *(Conv(i, o, kernel, downsample, act=act) for i, o in zip(depths[:-1], depths[1:], strict=True))
         )
         self.out_size = (height >> len(mults)) * (width >> len(mults)) * depths[-1]
+        self.piece = max(1, PIXELS // (height * width))
 
     def forward(self, obs: dict[str, Tensor], present: dict[str, Tensor]) -> Float[Tensor, "*b out"]:
         frames = []
@@ -160,7 +162,7 @@ class ImageEncoder(nn.Module):
             frames.append(frame * present[key][..., None, None, None] if key in present else frame)
         x = torch.cat(frames, -1) if len(frames) > 1 else frames[0]
         lead = x.shape[:-3]
-        return in_pieces(self._embed, x.reshape(-1, *x.shape[-3:]), FRAMES, self.recompute).reshape(*lead, -1)
+        return in_pieces(self._embed, x.reshape(-1, *x.shape[-3:]), self.piece, self.recompute).reshape(*lead, -1)
 
     def scale(self, frame: Tensor) -> Float[Tensor, "*b h w c"]:
         dtype = self.stages[0].conv.weight.dtype
@@ -198,6 +200,7 @@ class ImageDecoder(nn.Module):
         self.dist, self.blocks, self.act = image_dist, blocks, ACTIVATIONS[act]
         depths = [depth * m for m in mults]
         self.start = (height >> len(mults), width >> len(mults), depths[-1])
+        self.piece = max(1, PIXELS // (height * width))
         if deter % blocks or depths[-1] % blocks:
             raise UserError(
                 f"decoder.blocks is {blocks}, which must divide deter ({deter}) and the start map's channels "
@@ -224,7 +227,7 @@ class ImageDecoder(nn.Module):
         by_block = by_block.reshape(-1, self.blocks, height, width, depth // self.blocks)
         x = by_block.permute(0, 2, 3, 1, 4).reshape(-1, height, width, depth)
         x = x + self.from_stoch(stoch).reshape(-1, height, width, depth)
-        x = in_pieces(self._paint, x, FRAMES, self.recompute)
+        x = in_pieces(self._paint, x, self.piece, self.recompute)
         x = x.reshape(*lead, *x.shape[1:])
         parts = x.split(list(self.channels.values()), -1)
         return {key: self._dist(part) for key, part in zip(self.channels, parts, strict=True)}
