@@ -49,6 +49,13 @@ CHOICES = {
     "decoder.vector_dist": ("symlog_mse", "mse", "normal"),
     "reward_head.dist": ("symexp_twohot", "symlog_disc", "symlog_mse", "mse", "normal"),
     "critic.dist": ("symexp_twohot", "symlog_disc", "symlog_mse", "mse", "normal"),
+    "encoder.fusion": ("concat", "attention", "poe"),
+    "encoder.audio_front": ("spectrogram", "raw"),
+    "sound.observe": ("audio", "pose", "map", "image"),  # of each entry
+    "sound.audio": ("waveform", "features"),
+    "sound.view": ("top", "first"),
+    "sound.actions": ("continuous", "headings"),
+    "cue.absent": ("image", "audio", "text", "vector"),  # of each entry
     "*.act": ("silu", "gelu", "relu", "elu", "tanh"),
     "opt.name": ("laprop", "adam"),
 }
@@ -69,6 +76,23 @@ RANGES = {
     "image_size": ">= 1",
     "dmc.camera": ">= -1",
     "atari.noops": ">= 0",
+    "audio_dim": ">= 0",
+    "audio_noise_std": ">= 0",
+    "text.length": ">= 1",
+    "sound.scale": ">= 0.25",  # a robot has to pass
+    "sound.mics": ">= 1",
+    "sound.step": "> 0",
+    "sound.steps": ">= 1",
+    "sound.order": ">= 0",
+    "sound.absorption": "> 0, <= 1",
+    "sound.sources": ">= 1",
+    "sound.distractors": ">= 0",
+    "sound.speed": ">= 0",
+    "cue.delay": ">= 0",
+    "cue.samples": ">= 1",
+    "cue.missing": ">= 0, < 1",
+    "modality_scales.*": ">= 0",
+    "modality_dropout": ">= 0, < 1",
     "dataset_size": ">= 1",
     "batch_size": ">= 1",
     "batch_length": ">= 2",
@@ -98,8 +122,11 @@ RANGES = {
     "dyn.dyn_layers": ">= 1",  # without one the state would not depend on the action
     "dyn.obs_layers": ">= 1",
     "*layers": ">= 0",
-    "*.units": ">= 1",
-    "*.depth": ">= 1",
+    "*units": ">= 1",
+    "*depth": ">= 1",
+    "*.audio_window": ">= 2",
+    "*.audio_hop": ">= 1",
+    "*.audio_rate": ">= 1",
     "*.mults": ">= 1",
     "*.kernel": ">= 1",
     "*.bins": ">= 3",
@@ -128,6 +155,13 @@ NULLABLE = {
     "evaldir": str,
     "offline_traindir": str,
     "offline_evaldir": str,
+    "encoder.text_pretrained": str,
+    **{
+        f"{net}.{kind}_{key}": int
+        for net in ("encoder", "decoder")
+        for kind in ("audio", "text")
+        for key in ("layers", "units")
+    },
     "opt.actor_lr": float,
     "opt.critic_lr": float,
 }

@@ -14,11 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distributions import full_precision
+from errors import UserError
 from layers import ACTIVATIONS, MLP, Dense, Linear, RMSNorm, init_weight
 
 from .vector import safe
 
 PAD = 0
+SPECIAL = 3  # ids before a tokenizer's own (`envs/text.py`): padding, unknown, end
 HEADS = 4
 
 
@@ -115,6 +117,50 @@ class Transformer(nn.Module):
         return x.sum(1) / valid.sum(1, keepdim=True).clamp(min=1).to(x.dtype)
 
 
+class Pretrained(nn.Module):
+    """Token ids [n, length] -> [n, width] by a frozen model of the package `transformers`: the mean over its last
+    layer's tokens, and a dense layer that is trained.
+
+    `path` is a folder as `save_pretrained` writes it. Its own `tokenizer.json` must have made the ids, of which the
+    first three are ours (`envs/text.py`).
+    """
+
+    def __init__(self, path: str, vocabulary: int, width: int, act: str):
+        super().__init__()
+        try:
+            from transformers import AutoModel
+        except ModuleNotFoundError as error:
+            raise UserError(
+                "encoder.text_pretrained needs transformers: pip install -r requirements/pretrained.txt"
+            ) from error
+        try:
+            self.model = AutoModel.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"encoder.text_pretrained: {path} holds no model that can be read: {reason}") from error
+        known = self.model.get_input_embeddings().num_embeddings
+        if vocabulary - SPECIAL > known:
+            raise UserError(
+                f"encoder.text_pretrained: {path} knows {known} tokens, and the observation has "
+                f"{vocabulary - SPECIAL}: let text.tokenizer be its own tokenizer.json."
+            )
+        self.model.requires_grad_(False)
+        self.out = Dense(self.model.config.hidden_size, width, act)
+
+    def train(self, mode: bool = True):
+        """Frozen: no dropout, ever."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def forward(self, ids: Int[Tensor, "n length"]) -> Float[Tensor, "n width"]:
+        valid = ids >= SPECIAL
+        with torch.no_grad():
+            hidden = self.model(input_ids=(ids - SPECIAL).clamp(min=0), attention_mask=valid.long()).last_hidden_state
+            mean = (hidden * valid.unsqueeze(-1)).sum(1) / valid.sum(1, keepdim=True).clamp(min=1).to(hidden.dtype)
+        return self.out(mean) * valid.any(1, keepdim=True)
+
+
 def positions(length: int, like: Tensor) -> Float[Tensor, "length width"]:
     """Sines and cosines (Vaswani et al. 2017), for any length."""
     width = like.shape[-1]
@@ -128,6 +174,7 @@ class TextEncoder(nn.Module):
 
     Args:
         text_units, text_layers: width and number of the transformer's layers; those of the vectors' MLP if not given.
+        text_pretrained: folder of a model that reads the text instead (see `Pretrained`).
     """
 
     def __init__(
@@ -138,15 +185,20 @@ class TextEncoder(nn.Module):
         layers: int,
         text_units: int | None = None,
         text_layers: int | None = None,
+        text_pretrained: str | None = None,
         act: str = "silu",
         **_,
     ):
         super().__init__()
         units, layers = text_units or units, layers if text_layers is None else text_layers
         self.keys = {key: safe(key) for key in spaces}
-        self.nets = nn.ModuleDict(
-            {safe(key): Transformer(vocabulary(space), units, layers, act) for key, space in spaces.items()}
-        )
+
+        def net(size: int) -> nn.Module:
+            if text_pretrained:
+                return Pretrained(text_pretrained, size, units, act)
+            return Transformer(size, units, layers, act)
+
+        self.nets = nn.ModuleDict({safe(key): net(vocabulary(space)) for key, space in spaces.items()})
         self.out_size = units * len(spaces)
 
     def forward(self, obs: dict[str, Tensor], present: dict[str, Tensor]) -> Float[Tensor, "*b out"]:

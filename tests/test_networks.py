@@ -490,7 +490,9 @@ def test_what_an_absent_kind_holds_does_not_matter(rssm):
     found, expected = (rssm.obs_step(state, action, tokens | {"image": (x, present)}, no) for x in (image, other))
     assert equal(found, expected)
     there = rssm.obs_step(state, action, tokens, no)
-    assert not torch.equal(found["logit" if rssm.discrete else "mean"][0], there["logit" if rssm.discrete else "mean"][0])
+    assert not torch.equal(
+        found["logit" if rssm.discrete else "mean"][0], there["logit" if rssm.discrete else "mean"][0]
+    )
 
 
 @pytest.mark.parametrize("rssm", ["default", "gaussian gru"], indirect=True)

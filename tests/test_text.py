@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 
 from envs import Env, TaskError, transition
 from envs.text import END, PAD, SPECIAL, UNKNOWN, Bytes, Pieces, TokenizeText, TokenSpace, Words, make_tokenizer
+from errors import UserError
+from modalities.text import TextEncoder
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["go", "to", "the", "Red", "ball", ","]
@@ -111,3 +114,45 @@ def test_byte_pairs(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(TaskError, match="broken.json cannot be read"):
         Pieces(str(tmp_path / "broken.json"))
+
+
+@pytest.fixture
+def bert(tmp_path):
+    """A folder as `save_pretrained` writes it: a small model that nobody trained, and its tokenizer."""
+    transformers = pytest.importorskip("transformers", reason="needs requirements/pretrained.txt")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[UNK]", "go", "to", "red", "ball"]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **sizes)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_pretrained_model_reads(bert):
+    """The mean over a text's own tokens, as the package gives it without padding; only what follows is trained."""
+    from transformers import AutoModel
+
+    space = TokenizeText(Says(["go to ball"], WORDS), length=6, tokenizer=str(bert / "tokenizer.json")).obs_space
+    encoder = TextEncoder({"mission": space["mission"]}, units=8, layers=1, text_pretrained=str(bert)).train()
+    ids = torch.tensor([[4, 5, 7, END, 0, 0], [4, 6, END, 0, 0, 0], [0] * 6])
+    found = encoder({"mission": ids}, {})
+    (net,) = encoder.nets.values()
+    model = AutoModel.from_pretrained(bert).eval()
+    for row, own in zip(found, ([1, 2, 4], [1, 3]), strict=False):
+        hidden = model(torch.tensor([own])).last_hidden_state.mean(1)
+        torch.testing.assert_close(row, net.out(hidden)[0], rtol=1e-4, atol=1e-5)
+    assert not found[2].any()
+    found.sum().backward()
+    trained = {name for name, p in encoder.named_parameters() if p.grad is not None}
+    assert trained and all(".out." in name for name in trained)
+
+
+def test_a_pretrained_model_that_does_not_fit_is_named(bert, tmp_path):
+    space = {"mission": spaces.Box(0, 200, (6,), np.int32)}
+    with pytest.raises(UserError, match="knows 5 tokens.*198.*tokenizer.json"):
+        TextEncoder(space, units=8, layers=1, text_pretrained=str(bert))
+    with pytest.raises(UserError, match="nowhere holds no model"):
+        TextEncoder(space, units=8, layers=1, text_pretrained=str(tmp_path / "nowhere"))
