@@ -27,6 +27,11 @@ from replay import Replay  # noqa: E402
 
 ACTIONS, NUMBERS = 6, 24
 SIZES = {"vision": "size12m", "proprio": "size1m"}
+ALSO = {  # what a workload may observe beside its own: 64 numbers, 0.1 s at 16 kHz, 32 tokens
+    "audio": gs.Box(-np.inf, np.inf, (64,), np.float32),
+    "waveform": gs.Box(-np.inf, np.inf, (1, 1600), np.float32),
+    "text": gs.Box(0, 999, (32,), np.int32),
+}
 STREAMS = 4  # environments that the synthetic data seems to come from
 EPISODE = 500  # steps
 
@@ -56,6 +61,16 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def workload(text: str) -> str:
+    """`vision` or `proprio`, followed by any of `ALSO`, joined by +."""
+    own, *also = text.split("+")
+    if own not in SIZES or not set(also) <= set(ALSO):
+        raise argparse.ArgumentTypeError(
+            f"{text} is none of {', '.join(SIZES)}, followed by any of {', '.join(f'+{kind}' for kind in ALSO)}"
+        )
+    return text
+
+
 def parser(doc: str, repeats: int = 10, warmup: int = 3) -> argparse.ArgumentParser:
     """Arguments of the benchmarks that measure an agent. Whatever it does not know is a key of the configuration."""
     out = argparse.ArgumentParser(
@@ -65,7 +80,10 @@ def parser(doc: str, repeats: int = 10, warmup: int = 3) -> argparse.ArgumentPar
         epilog="Any other --key value goes to the configuration (python dreamer.py --help), such as --device, "
         "--precision, --compile, --threads, --batch_size, --batch_length.",
     )
-    out.add_argument("--obs", choices=SIZES, default="vision", help="what is observed: a 64x64x3 image or 24 numbers")
+    out.add_argument(
+        "--obs", type=workload, default="vision", metavar="W[+KIND]",
+        help=f"what is observed: vision (a 64x64x3 image) or proprio (24 numbers); also {', '.join(ALSO)}: vision+audio",
+    )  # fmt: skip
     out.add_argument("--size", help="block of the configuration; size12m for vision, size1m for proprio")
     out.add_argument("--horizon", type=positive, help="imagined steps, 15 if not given")
     out.add_argument("--repeats", type=positive, default=repeats, help="samples to take")
@@ -79,7 +97,7 @@ def parse(out: argparse.ArgumentParser, argv: Sequence[str] | None = None, *own:
     A mistake ends the program with one line.
     """
     args, keys = out.parse_known_args(argv)
-    args.size = args.size or SIZES[args.obs]
+    args.size = args.size or SIZES[args.obs.partition("+")[0]]
     horizon = [] if args.horizon is None else ["--imag_horizon", str(args.horizon)]
     args.config = load("--configs", args.size, *own, *horizon, *keys)
     return args
@@ -107,10 +125,12 @@ def eager(config: Config) -> Config:
 
 def spaces(obs: str, config: Config) -> tuple[dict[str, gs.Space], gs.Space]:
     """Observations and actions of a workload."""
-    if obs == "vision":
+    own, *also = obs.split("+")
+    if own == "vision":
         seen = {"image": gs.Box(0, 255, (*config.image_size, 3), np.uint8)}
     else:
         seen = {"vector": gs.Box(-np.inf, np.inf, (NUMBERS,), np.float32)}
+    seen |= {"audio" if kind == "waveform" else kind: ALSO[kind] for kind in also}
     return seen, gs.Box(-1.0, 1.0, (ACTIONS,), np.float32)
 
 
@@ -164,10 +184,12 @@ def fill(replay: Replay, obs_space: dict[str, gs.Space], steps: int, rng: np.ran
 
 
 def draw(space: gs.Space, rng: np.random.Generator, *lead: int) -> np.ndarray:
-    """Random observations: any pixel, or numbers of about one."""
+    """Random observations: any pixel, any token, or numbers of about one."""
     shape = (*lead, *space.shape)
     if space.dtype == np.uint8:
         return rng.integers(0, 256, shape, dtype=np.uint8)
+    if space.dtype.kind in "iu":
+        return rng.integers(1, int(space.high.max()) + 1, shape, dtype=space.dtype)
     return rng.standard_normal(shape, dtype=np.float32)
 
 

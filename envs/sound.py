@@ -109,7 +109,7 @@ class SoundRoom(Env):
         self._acoustics = Acoustics(self._floor, mics, order, absorption) if "audio" in observe and not deaf else None
         self._target, self._other = make_signal(signal), make_signal(distractor_signal)
         self._features = Features(self._samples, mics) if audio == "features" else None
-        self._observe_, self._headings, self._view = tuple(observe), actions == "headings", view
+        self._observed, self._headings, self._view = tuple(observe), actions == "headings", view
         self._size = tuple(image_size)
         shape = self._features.shape if self._features else (mics, self._samples)
         every = {
@@ -118,7 +118,7 @@ class SoundRoom(Env):
             "map": spaces.Box(0, 1, (16, 16), np.float32),
             "image": spaces.Box(0, 255, (*self._size, 3), np.uint8),
         }
-        self.obs_space = {key: every[key] for key in self._observe_}
+        self.obs_space = {key: every[key] for key in self._observed}
         self.act_space = spaces.Discrete(4) if self._headings else spaces.Box(-1, 1, (2,), np.float32)
 
     def reset(self):
@@ -210,7 +210,7 @@ class SoundRoom(Env):
     # Observing
 
     def _observe(self) -> dict:
-        return {key: getattr(self, f"_{key}")() for key in self._observe_}
+        return {key: getattr(self, f"_{key}")() for key in self._observed}
 
     def _audio(self):
         wave_ = np.zeros((self._array.shape[1], self._samples))

@@ -84,6 +84,22 @@ def test_reflections_add_sound():
     assert wet > 1.1 * dry
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_heard_does_not_depend_on_where_the_robot_was(layout):
+    """The simulator keeps nothing of earlier steps, and takes every open place for inside of the room."""
+    room, rng, places = SoundRoom(layout, order=2, mics=2, seed=1), np.random.default_rng(0), floor(layout)
+    room.reset()
+    for _ in range(20):
+        room._place = places.sample(rng)
+        room._audio()
+    mics = room._place[:, None] + room._array
+    fresh = SoundRoom(layout, order=2, mics=2, seed=1)
+    (found,), (expected,) = (one._acoustics.responses(room._sources, mics) for one in (room, fresh))
+    assert len(room._acoustics._room.room_engine.microphones) == 2
+    for one, two in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
 @pytest.mark.parametrize("layout, place, source", [("l", (5, 1), (1, 4.5)), ("pillar", (1, 2), (4, 2))])
 def test_what_is_behind_a_corner_is_heard_by_its_reflections(layout, place, source):
     direct = still(SoundRoom(layout, order=0, seed=1), place, source).std()
