@@ -82,7 +82,7 @@ def parser(doc: str, repeats: int = 10, warmup: int = 3) -> argparse.ArgumentPar
     )
     out.add_argument(
         "--obs", type=workload, default="vision", metavar="W[+KIND]",
-        help=f"what is observed: vision (a 64x64x3 image) or proprio (24 numbers); also {', '.join(ALSO)}: vision+audio",
+        help=f"what is observed: vision (64x64x3) or proprio (24 numbers), and also {', '.join(ALSO)}, as vision+audio",
     )  # fmt: skip
     out.add_argument("--size", help="block of the configuration; size12m for vision, size1m for proprio")
     out.add_argument("--horizon", type=positive, help="imagined steps, 15 if not given")

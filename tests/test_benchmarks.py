@@ -1,10 +1,12 @@
 """The benchmarks: that they count and time right, and that each prints what it promises."""
 
+import argparse
 import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ sys.path.append(str(FOLDER))  # behind the project, whose `replay.py` is another
 import bf16  # noqa: E402
 import common  # noqa: E402
 import compare  # noqa: E402
+import kinds  # noqa: E402
 import measuring  # noqa: E402
 import policy  # noqa: E402
 import report  # noqa: E402
@@ -426,3 +429,26 @@ def test_gpu_script_names_its_stages():
     assert run.returncode == 2 and all(
         name in run.stdout for name in ("check", "vision", "large", "train", "proprio", "tests", "all", "DEVICE")
     )
+
+
+# Kinds of observation
+
+
+def test_workloads_with_other_kinds():
+    spaces, _ = common.spaces("vision+waveform+text", SimpleNamespace(image_size=(64, 64)))
+    assert {key: space.shape for key, space in spaces.items()} == {
+        "image": (64, 64, 3),
+        "audio": (1, 1600),
+        "text": (32,),
+    }
+    for wrong in ("audio", "vision+smell", "vision+"):
+        with pytest.raises(argparse.ArgumentTypeError, match="none of vision, proprio"):
+            common.workload(wrong)
+
+
+def test_cost_of_kinds(capsys):
+    kinds.main([*TINY, "--repeats", "2", "--kinds", "audio"])
+    line = last_line(capsys)
+    plain, audio = (line["loads"][load] for load in ("proprio", "proprio+audio"))
+    assert plain["cost"] == 0 < plain["flop"] < audio["flop"]
+    assert plain["params"] < audio["params"] and all(load["median_s"] > 0 for load in line["loads"].values())

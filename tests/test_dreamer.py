@@ -404,7 +404,10 @@ def test_a_file_that_is_no_checkpoint_of_this_program(tmp_path):
 @pytest.mark.parametrize(
     "flags, parts",
     [
-        (["--encoder.mlp_keys", "position"], ["encoder.mlp_keys is 'position'", "vector (vector)", "image (image)"]),
+        (
+            ["--encoder.mlp_keys", "position"],
+            ["encoder.mlp_keys is 'position'", "vector (vector/audio)", "image (image)"],
+        ),
         (["--decoder.cnn_keys", "camera.*"], ["decoder.cnn_keys is 'camera.*'", "none of the image observations"]),
         (["--encoder.*_keys", "$^"], ["match no observation", "vector", "image"]),
         (["--image_size", 30, 32], ["30x32 cannot be halved 4 times", "multiples of 16", "--image_size 32 32"]),
