@@ -142,8 +142,8 @@ def select(
 ) -> dict[str, dict[str, Space]]:
     """Which observation keys belong to which kind: {kind: {key: space}}, keys sorted, empty kinds left out.
 
-    A kind takes the keys that its pattern names; '.*' takes those that no other kind names. Keys that no kind takes are
-    not learned from.
+    A kind takes the keys that its pattern names; '.*' takes those that no other kind names, active or not. Keys that no
+    active kind takes are not learned from.
 
     Args:
         kinds: the active ones.
@@ -153,21 +153,23 @@ def select(
         UserError: a key that two kinds take, a key that a kind names and cannot take, a pattern that was set and
             matches no key, or no key taken at all.
     """
-    patterns = {name: kind.pattern(options) for name, kind in kinds.items()}
+    everyone = MODALITY_CONFIGS | dict(kinds)  # what belongs to a kind that is not active belongs to none
+    patterns = {name: kind.pattern(options) for name, kind in everyone.items()}
     chosen: dict[str, dict[str, Space]] = {name: {} for name in kinds}
     for key, space in sorted(spaces.items()):
-        able = [name for name, kind in kinds.items() if kind.recognises(space)]
+        able = [name for name, kind in everyone.items() if kind.recognises(space)]
         naming = [name for name, p in patterns.items() if p not in ANYTHING + NOTHING and re.fullmatch(p, key)]
-        if naming and not set(naming) & set(able):
-            raise UserError(
-                f"The observation '{key}' is {_told(space)}, which the kind {naming[0]} cannot take. Change its shape, "
-                f"or rename it (or let --{where}.{_option(kinds[naming[0]])} match something else)."
-            )
         takers = [name for name in naming if name in able] or [name for name in able if patterns[name] in ANYTHING]
-        if len(takers) > 1:
-            options_ = " and ".join(f"{where}.{_option(kinds[name])} ('{patterns[name]}')" for name in takers)
+        unable = [name for name in naming if name in kinds and name not in able]
+        if unable and not set(naming) & set(able):
+            raise UserError(
+                f"The observation '{key}' is {_told(space)}, which the kind {unable[0]} cannot take. Change its shape, "
+                f"or rename it (or let --{where}.{_option(kinds[unable[0]])} match something else)."
+            )
+        if len(takers) > 1 and set(takers) & set(kinds):
+            options_ = " and ".join(f"{where}.{_option(everyone[name])} ('{patterns[name]}')" for name in takers)
             raise UserError(f"The observation '{key}' matches two kinds, {options_}: make one of them more specific.")
-        if takers:
+        if takers and takers[0] in kinds:
             chosen[takers[0]][key] = space
     listed = ", ".join(f"{k} ({'/'.join(kinds_of(s, kinds)) or 'no kind'})" for k, s in sorted(spaces.items()))
     for name, kind in kinds.items():
@@ -176,10 +178,11 @@ def select(
                 f"{where}.{_option(kind)} is '{patterns[name]}', which matches none of the {name} observations. "
                 f"The environment gives: {listed or 'nothing'}"
             )
-    chosen = {name: own for name, own in chosen.items() if own}
+    chosen = {name: taken for name, taken in chosen.items() if taken}
     if not chosen:
+        own = {name: patterns[name] for name in kinds}
         raise UserError(
-            f"The {where}'s kinds and key patterns {patterns} match no observation. The environment gives: "
+            f"The {where}'s kinds and key patterns {own} match no observation. The environment gives: "
             f"{', '.join(f'{key} {space}' for key, space in sorted(spaces.items())) or 'nothing'}"
         )
     return chosen

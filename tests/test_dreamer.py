@@ -1226,6 +1226,25 @@ def test_evaluating_more_often_changes_nothing_in_training(tmp_path):
     assert len(rows[0]) == 6 and rows[0] == rows[1]
 
 
+def test_audio_that_is_not_listened_to_changes_nothing(tmp_path):
+    """`audio_dim` draws none of a run's random numbers: without an active kind for it, all else stays as it is."""
+    rows = []
+    for name, more in {"none": [], "deaf": ["--audio_dim", 8, "--modalities", "vector"]}.items():
+        flags = [*BARE, *"--task gym_CartPole-v1 --steps 120 --log_every 20 --deterministic_run true".split()]
+        succeed(*flags, *more, "--logdir", tmp_path / name)
+        rows.append(metrics(tmp_path / name))
+        for row in rows[-1]:
+            row.pop("time/fps", None), row.pop("replay/bytes", None)
+    assert len(rows[0]) >= 6 and rows[0] == rows[1]
+
+
+def test_dummy_audio_is_learned_from(tmp_path):
+    flags = [*BARE, *"--task gym_CartPole-v1 --steps 120 --log_every 20".split(), "--audio_dim", 8]
+    succeed(*flags, "--audio_noise_std", 0.5, "--logdir", tmp_path)
+    losses = [row["world/recon_audio"] for row in metrics(tmp_path) if "world/recon_audio" in row]
+    assert losses and all(row["world/nats_audio"] > 0 for row in metrics(tmp_path) if "world/nats_audio" in row)
+
+
 def test_failures_close_the_environments(tmp_path):
     """Nothing is left running where a run cannot begin or ends by an error."""
     closed = []

@@ -626,6 +626,28 @@ def test_convert_types():
     assert step["f"].dtype == step["b"].dtype == np.float32 and step["i"].tolist() == [3]
 
 
+def test_dummy_audio():
+    """Zeros and normal noise, of its own random numbers; everything else as without."""
+    plain, noisy, same = (make_env(config("gym_CartPole-v1", audio_dim=n, audio_noise_std=0.3)) for n in (0, 64, 64))
+    heard, steps = [], [env.reset() for env in (plain, noisy, same)]
+    for n in range(12):
+        assert "audio" not in steps[0] and np.array_equal(steps[1]["audio"], steps[2]["audio"])
+        assert steps[1]["audio"].shape == (64,) and steps[1]["audio"].dtype == np.float32
+        heard.append(steps[1].pop("audio"))
+        assert all(np.array_equal(value, steps[1][key]) for key, value in steps[0].items())
+        steps = [env.step(one_hot(n % 2, 2)) for env in (plain, noisy, same)]
+    heard = np.stack(heard)
+    assert abs(heard.mean()) < 0.05 and heard.std() == pytest.approx(0.3, rel=0.1)
+    assert len(np.unique(heard[:, 0])) == len(heard)
+    register_env("hears", lambda: Hears())
+    with pytest.raises(TaskError, match="audio_dim must be 0"):
+        make_env(config("hears", audio_dim=4))
+
+
+class Hears(Env):
+    obs_space, act_space = {"audio": spaces.Box(-1, 1, (4,), np.float32)}, spaces.Discrete(2)
+
+
 def test_a_missing_key_is_absent_not_an_error():
     class Drops(Toy):
         def step(self, action):

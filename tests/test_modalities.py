@@ -503,6 +503,10 @@ def test_active_kinds():
     with pytest.raises(UserError, match="'imaeg' is not a kind.*mean image"):
         active(["imaeg"])
     assert list(select(SPACES, active(["image"]), {}, "encoder")) == ["image"]
+    heard = {"pose": POSE, "audio": POSE}
+    chosen = select(heard, active(["vector"]), {"mlp_keys": ".*"}, "encoder")
+    assert list(chosen["vector"]) == ["pose"], "what belongs to a kind that is not active goes to no other"
+    assert list(select(heard | {"text": SPACES["image"]}, active(["vector"]), {}, "encoder")["vector"]) == ["pose"]
 
 
 # Documentation
