@@ -88,6 +88,7 @@ class Wrapper(Env):
         self.act_space = env.act_space
         self.action_repeat = getattr(env, "action_repeat", 1)
         self.time_limit = getattr(env, "time_limit", 0)
+        self.vocabulary = getattr(env, "vocabulary", None)  # words of its texts, if they are known
 
     def reset(self):
         return self.env.reset()

@@ -58,6 +58,7 @@ def test_as_a_task():
     config.cue, config.audio_dim, config.text = {"delay": 1, "samples": 200}, 0, {"length": 4}
     env = make_env(config)
     step = env.reset()
+    assert env.obs_space["text"].tokenizer.size == 3 + len(WORDS), "words, not bytes"
     assert step["audio"].shape == (1, 200) and step["image"].shape == (32, 32, 3) and step["text"].tolist() == [0] * 4
     assert all(env.obs_space[key].contains(step[key]) for key in env.obs_space)
     with pytest.raises(TaskError, match="cue_smell.*image, audio, text, vector"):
