@@ -21,7 +21,9 @@ def test_missions_are_read_and_views_seen():
         step = env.reset()
         mission = env.obs_space["mission"].decode(step["mission"])
         assert mission.startswith("go to") and "?" not in mission and step["log_text_cut"] == 0
-        assert len(np.flatnonzero(step["mission"])) == len(mission.split()) + 1, "a word is one token, and the end is one"
+        assert len(np.flatnonzero(step["mission"])) == len(mission.split()) + 1, (
+            "a word is one token, and the end is one"
+        )
         missions.add(mission)
         assert step["image"].shape == (64, 64, 3) and step["image"].std() > 5
     assert len(missions) > 2

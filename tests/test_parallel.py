@@ -27,7 +27,16 @@ BACKENDS = ["serial", "thread", "process"]
 def config(task, **changes):
     dmc = SimpleNamespace(image=True, proprio=True, camera=-1, fast_render=True)
     return SimpleNamespace(
-        **{"task": task, "seed": 0, "action_repeat": 1, "time_limit": 0, "image_size": [64, 64], "dmc": dmc, **changes}
+        **{
+            "task": task,
+            "seed": 0,
+            "audio_dim": 0,
+            "action_repeat": 1,
+            "time_limit": 0,
+            "image_size": [64, 64],
+            "dmc": dmc,
+            **changes,
+        }
     )
 
 
