@@ -20,7 +20,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ RANGES = {
     "sound.sources": ">= 1",
     "sound.distractors": ">= 0",
     "sound.speed": ">= 0",
+    "babyai.view": ">= 3",
     "cue.delay": ">= 0",
     "cue.samples": ">= 1",
     "cue.missing": ">= 0, < 1",
@@ -193,15 +194,17 @@ class Config(Mapping):
     """A frozen, nested mapping whose keys are attributes too; lists are tuples.
 
     `config.encoder.units`, `config['encoder']` and `RSSM(**config.dyn)` all work. It can be pickled and compared.
+    `_given` are the names of the settings that were written on the command line.
     """
 
-    __slots__ = ("_values",)
+    __slots__ = ("_given", "_values")
 
-    def __init__(self, values: Mapping[str, Any]):
+    def __init__(self, values: Mapping[str, Any], _given: Collection[str] = ()):
         for key in values:
             if not key.isidentifier() or key.startswith("_") or hasattr(type(self), key):
                 raise ConfigError(f"'{key}' cannot be a key: it is not a name, or the name of a method of Config")
         object.__setattr__(self, "_values", {key: _frozen(value) for key, value in values.items()})
+        object.__setattr__(self, "_given", frozenset(_given))
 
     def __getitem__(self, key: str) -> Any:
         return self._values[key]
@@ -225,7 +228,7 @@ class Config(Mapping):
         raise AttributeError("a Config is frozen")
 
     def __reduce__(self):
-        return type(self), (self._values,)
+        return type(self), (self._values, self._given)
 
     def __dir__(self):
         return [*super().__dir__(), *self._values]
@@ -239,7 +242,11 @@ class Config(Mapping):
 
     def replace(self, /, **changes: Any) -> Config:
         """A copy with other values, checked as in `load`: `config.replace(**{'encoder.units': 64})`."""
-        return Config(_nest({**self.flat(), **_Schema(self).settings(changes, "replace")}))
+        return Config(_nest({**self.flat(), **_Schema(self).settings(changes, "replace")}), self._given)
+
+    def given(self) -> dict[str, Any]:
+        """The settings that were written on the command line, by their dotted names (those of blocks are not)."""
+        return {key: value for key, value in self.flat().items() if key in self._given}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write YAML that `read`, and `--configs PATH`, read again. The file is complete or not there at all."""
@@ -310,13 +317,14 @@ def load(argv: Sequence[str], file: str | os.PathLike = CONFIGS) -> Config:
     schema = _Schema(blocks["defaults"])
     stacked = {name: schema.settings(block, f"block {name} of {Path(file).name}") for name, block in blocks.items()}
     names, overrides = _split(argv)
-    values = dict(stacked["defaults"])
+    values, written = dict(stacked["defaults"]), {}
     for name in names:
         values.update(_block(name, stacked, schema))
     for key, given in overrides:
-        values.update(schema.flag(key, given))
+        written.update(schema.flag(key, given))
+    values.update(written)
     _check_together(values)
-    return Config(_nest(values))
+    return Config(_nest(values), written)
 
 
 def main_load(argv: Sequence[str] | None = None, file: str | os.PathLike = CONFIGS) -> Config:

@@ -145,14 +145,22 @@ class Dreamer(nn.Module):
         """Action [E, action] for a batch of observations [E, ...] and the state that it leads to.
 
         State and previous action are reset where `is_first`. Actions are sampled, or the mode; latents are always
-        sampled.
+        sampled. What the encoder reads and `obs` lacks is absent.
         """
+        obs = self._absent(len(obs["is_first"]), lacking=obs) | obs
         tensors = {k: self._tensor(v) for k, v in obs.items() if not k.startswith("log_")}
         generator = generator or self.policy_generator
         noise = {"post": self._latent_noise(len(obs["is_first"]), generator=generator)}
         noise["action"] = self._action_noise(len(obs["is_first"]), generator=generator) if sample else None
         state = self._act(tensors, state, noise, self._lay_out())
         return state["action"].cpu().numpy(), state
+
+    def _absent(self, num: int, lacking: dict) -> dict[str, np.ndarray]:
+        """Observations [E, ...] that `lacking` does not hold, flagged as absent."""
+        spaces = {key: space for kind in self.world_model.encoder.kinds.values() for key, space in kind.items()}
+        lost = {key: space for key, space in spaces.items() if key not in lacking}
+        flags = {f"present/{key}": np.zeros(num, bool) for key in lost}
+        return flags | {key: np.zeros((num, *space.shape), space.dtype) for key, space in lost.items()}
 
     def _lay_out(self) -> tuple[dict, dict]:
         """The recurrence's weights as its steps read them: made once per update, not at every act."""
@@ -787,20 +795,24 @@ def logged(obs: dict[str, np.ndarray], env: int) -> dict[str, float]:
 
 
 def evaluate_checkpoint(config: Config) -> None:
-    """`--mode eval`: plays `episodes` episodes with a checkpoint's weights and configuration, and films the first."""
+    """`--mode eval`: plays `episodes` episodes with a checkpoint's weights, and films the first.
+
+    The configuration is the checkpoint's, except for how to evaluate and for what is written on the command line.
+    """
     path = Path(config.checkpoint or Path(resolve_paths(config).logdir) / "latest.pt")
     device = tools.pick_device(config.device)
     state = load_run(path)
     own = ("mode", "checkpoint", "episodes", "seed", "device", "precision", "compile", "graph", "threads")
     own += ("eval_sample", "eval_envs", "parallel")
-    if state["config"]["task"] == "none":  # trained on recorded episodes alone: the command line says where to play
-        own += ("task",)
-    elif config.task != state["config"]["task"]:
-        log.info(f"The checkpoint's own task is played, {state['config']['task']}; --task is for those without one.")
-    config = config.replace(**(state["config"] | {key: config[key] for key in own}))
+    trained = config.replace(**state["config"])
+    config = trained.replace(**({key: config[key] for key in own} | config.given()))
+    if config.task == "none":
+        raise UserError(f"{path} was trained on recorded episodes alone: --task NAME says where to play.")
     envs = make_envs(config, "eval", min(config.eval_envs, config.episodes))
     try:
-        agent = Dreamer(envs.obs_space, envs.act_space, config, device)
+        changed = any(config.flat()[key] != trained.flat().get(key) for key in config.given() if key not in own)
+        space = _observed_in_training(trained, envs) if changed else envs.obs_space
+        agent = Dreamer(space, envs.act_space, config, device)
         agent.restore(state, weights_only=True)
         generator = torch.Generator(device).manual_seed(config.seed)
         with tools.Shutdown() as shutdown:
@@ -819,6 +831,26 @@ def evaluate_checkpoint(config: Config) -> None:
         film = path.parent / f"eval-{frames}.mp4"
         tools.save_mp4(film, video, fps=30)
         print(f"film of the first: {film}")
+
+
+def _observed_in_training(trained: Config, envs: VectorEnv) -> dict:
+    """The observation space that a checkpoint's networks are for. What `envs` do not have of it counts as absent."""
+    if trained.task == "none":
+        return envs.obs_space
+    env = make_env(trained, "eval", 0)
+    try:
+        space, actions = env.obs_space, env.act_space
+    finally:
+        env.close()
+    if vector.width(actions) != vector.width(envs.act_space):
+        raise UserError(f"The action space is {envs.act_space} here, and was {actions} in training.")
+    for key, was in space.items():
+        if key in envs.obs_space and envs.obs_space[key].shape != was.shape:
+            raise UserError(f"'{key}' has the shape {envs.obs_space[key].shape} here, and had {was.shape} in training.")
+    lost = sorted(space.keys() - envs.obs_space.keys())
+    if lost:
+        log.warning(f"Observed in training and not here, so that it counts as absent: {', '.join(lost)}")
+    return space
 
 
 def main(config: Config) -> None:

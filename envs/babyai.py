@@ -19,13 +19,19 @@ TILE = 16  # pixels of a tile, before the image is resized
 
 
 def load(config, mode: str, name: str, seed: int) -> Env:
+    """config: babyai.view."""
+    view = config.babyai["view"]
+    if view < 3 or view % 2 == 0:
+        raise TaskError(f"babyai.view is {view}, expected an odd number of tiles, at least 3.")
     try:
         import gymnasium
         import minigrid  # registers its environments
+        from minigrid.envs.babyai.core import roomgrid_level
         from minigrid.wrappers import RGBImgPartialObsWrapper
     except ModuleNotFoundError as error:
         raise TaskError("minigrid is not installed: pip install -r requirements/babyai.txt") from error
     gymnasium.register_envs(minigrid)
+    roomgrid_level.print = lambda *_: None  # it tells of every room that it has to draw again
     name, _, blank = name.partition("/")
     if blank not in ("", "blank"):
         raise TaskError(f"babyai_{name}/{blank}: only /blank may follow a name.")
@@ -36,6 +42,7 @@ def load(config, mode: str, name: str, seed: int) -> Env:
         close = difflib.get_close_matches(name, short, n=1)
         raise TaskError(f"babyai_{name}: unknown{f'; did you mean babyai_{close[0]}?' if close else ''}")
     env = gymnasium.make(found, render_mode="rgb_array", disable_env_checker=True)
+    env.unwrapped.agent_view_size = view
     return BabyAI(RGBImgPartialObsWrapper(env, tile_size=TILE), seed, blank=bool(blank))
 
 

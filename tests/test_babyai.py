@@ -10,9 +10,9 @@ from envs import TaskError, make_env
 pytest.importorskip("minigrid", reason="needs requirements/babyai.txt")
 
 
-def make(task: str, seed: int = 0):
+def make(task: str, seed: int = 0, view: int = 7):
     config = SimpleNamespace(task=task, seed=seed, action_repeat=1, time_limit=0, image_size=[64, 64], audio_dim=0)
-    return make_env(SimpleNamespace(**vars(config), text={"length": 16}))
+    return make_env(SimpleNamespace(**vars(config), text={"length": 16}, babyai={"view": view}))
 
 
 def test_missions_are_read_and_views_seen():

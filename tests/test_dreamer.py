@@ -260,6 +260,17 @@ def test_evaluation_of_a_checkpoint(walker):
     assert {**files(logdir), film.name: b""} == {**before, film.name: b""}  # nothing else was touched
 
 
+def test_evaluation_elsewhere_than_in_training(tmp_path):
+    succeed(*CARTPOLE, "--steps", 100, "--audio_dim", 16, "--logdir", tmp_path)
+    play = ["--mode", "eval", "--checkpoint", tmp_path / "latest.pt", "--episodes", 2, "--parallel", "serial"]
+    assert "absent" not in succeed(*play)
+    assert "Observed in training and not here, so that it counts as absent: audio" in succeed(*play, "--audio_dim", 0)
+    assert "on gym_CartPole-v0" in succeed(*play, "--task", "gym_CartPole-v0")
+    assert "'audio' has the shape (8,) here, and had (16,) in training" in fail(*play, "--audio_dim", 8)
+    assert "action space is Box(-1.0, 1.0, (1,), float32) here, and was Discrete(2) in training" in fail(*play, "--task", "gym_Pendulum-v1")
+    assert "networks differ" in fail(*play, "--dyn.deter", 64)
+
+
 def test_the_same_command_after_the_end_and_with_more_steps(walker, tmp_path):
     logdir = Path(shutil.copytree(walker[0], tmp_path / "moved"))
     before = tools.load_checkpoint(logdir / "latest.pt")
