@@ -68,7 +68,7 @@ train: setup ## set up, then train (the same command resumes)
 # Development
 
 test: setup $(INSTALLED)-test ## set up, then run the tests (a few minutes)
-	@$(RENDER) $(PYTEST) -m "not slow" -q -rs
+	@$(RENDER) $(PYTEST) -n auto --dist worksteal -m "not slow" -q -rs
 
 test-slow: setup $(INSTALLED)-test ## the tests that take long
 	@$(RENDER) $(PYTEST) -m slow -q -rs

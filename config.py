@@ -55,6 +55,7 @@ CHOICES = {
     "sound.audio": ("waveform", "features"),
     "sound.view": ("top", "first"),
     "sound.actions": ("continuous", "headings"),
+    "babyai.actions": ("all", "moves"),
     "cue.absent": ("image", "audio", "text", "vector"),  # of each entry
     "*.act": ("silu", "gelu", "relu", "elu", "tanh"),
     "opt.name": ("laprop", "adam"),

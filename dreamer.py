@@ -790,8 +790,9 @@ def play(
 
 
 def logged(obs: dict[str, np.ndarray], env: int) -> dict[str, float]:
-    """What the environment wants logged at this step (`log_*`), without the prefix."""
-    return {key[len("log_") :]: float(value[env]) for key, value in obs.items() if key.startswith("log_")}
+    """The numbers that the environment wants logged at this step (`log_*`), without the prefix."""
+    found = {key[len("log_") :]: value[env] for key, value in obs.items() if key.startswith("log_")}
+    return {name: float(value) for name, value in found.items() if value.size == 1 and not np.isnan(value)}
 
 
 def evaluate_checkpoint(config: Config) -> None:

@@ -58,8 +58,9 @@ class VectorEnv:
     """E environments side by side.
 
     A batch is a dict of arrays [E, ...] that the caller may keep: the observations, `present/<key>` (bool; zeros stand
-    in for an observation that is absent), reward, is_first, is_last, is_terminal, and the numeric `log_*` entries that
-    all environments give. After a step with is_last the next action of that environment is ignored and it resets.
+    in for an observation that is absent), reward, is_first, is_last, is_terminal, and the numeric `log_*` entries, NaN
+    for an environment that gives none. After a step with is_last the next action of that environment is ignored and it
+    resets.
 
     After an error, or a Ctrl-C that interrupts a call, the environments are closed.
 
@@ -97,7 +98,7 @@ class VectorEnv:
             raise RuntimeError("receive was called without send.")
         logs = self._answered(self._answers)
         self._pending = False
-        return {**{key: rows.copy() for key, rows in self._rows.items()}, **_common_logs(logs)}
+        return {**{key: rows.copy() for key, rows in self._rows.items()}, **_stack_logs(logs)}
 
     def step(self, actions) -> dict:
         self.send(actions)
@@ -196,13 +197,15 @@ def _aligned(size):
     return -(-size // 64) * 64  # so that no two arrays share a cache line
 
 
-def _common_logs(logs):
-    """Stacks the `log_*` numbers that all environments give with one shape."""
+def _stack_logs(logs):
+    """The `log_*` numbers of all environments; NaN for those that give none at this step."""
     result = {}
-    for key in logs[0]:
-        values = [np.asarray(log[key]) for log in logs if key in log]
-        if len(values) == len(logs) and len({x.shape for x in values}) == 1:
-            result[key] = np.stack(values)
+    for key in dict.fromkeys(key for log in logs for key in log):
+        values = [np.asarray(log.get(key, np.nan)) for log in logs]
+        shapes = {np.shape(log[key]) for log in logs if key in log}
+        if len(shapes) == 1:
+            (shape,) = shapes
+            result[key] = np.stack([np.broadcast_to(value, shape) for value in values])
     return result
 
 

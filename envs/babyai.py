@@ -15,12 +15,13 @@ VOCABULARY = (
     "go to the a an pick up open put next and then after you on your left right in front of behind door ball box key "
     "red green blue purple yellow grey object near , use fetch get traverse rooms goal square matching color end"
 ).split()
+MOVES = 3  # the first actions: turn left, turn right, go forward
 TILE = 16  # pixels of a tile, before the image is resized
 
 
 def load(config, mode: str, name: str, seed: int) -> Env:
-    """config: babyai.view."""
-    view = config.babyai["view"]
+    """config: babyai.{view, actions}."""
+    view, actions = config.babyai["view"], config.babyai["actions"]
     if view < 3 or view % 2 == 0:
         raise TaskError(f"babyai.view is {view}, expected an odd number of tiles, at least 3.")
     try:
@@ -43,7 +44,7 @@ def load(config, mode: str, name: str, seed: int) -> Env:
         raise TaskError(f"babyai_{name}: unknown{f'; did you mean babyai_{close[0]}?' if close else ''}")
     env = gymnasium.make(found, render_mode="rgb_array", disable_env_checker=True)
     env.unwrapped.agent_view_size = view
-    return BabyAI(RGBImgPartialObsWrapper(env, tile_size=TILE), seed, blank=bool(blank))
+    return BabyAI(RGBImgPartialObsWrapper(env, tile_size=TILE), seed, blank=bool(blank), moves=actions == "moves")
 
 
 class BabyAI(Env):
@@ -51,10 +52,10 @@ class BabyAI(Env):
 
     vocabulary = VOCABULARY
 
-    def __init__(self, env, seed: int, blank: bool = False):
+    def __init__(self, env, seed: int, blank: bool = False, moves: bool = False):
         self._env, self._seed, self._blank = env, seed, blank
         self.obs_space = {"image": env.observation_space["image"], "mission": spaces.Text(256)}
-        self.act_space = spaces.Discrete(int(env.action_space.n))
+        self.act_space = spaces.Discrete(MOVES if moves else int(env.action_space.n))
 
     def reset(self):
         obs, _ = self._env.reset(seed=self._seed)

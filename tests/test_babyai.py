@@ -10,9 +10,9 @@ from envs import TaskError, make_env
 pytest.importorskip("minigrid", reason="needs requirements/babyai.txt")
 
 
-def make(task: str, seed: int = 0, view: int = 7):
+def make(task: str, seed: int = 0, view: int = 7, actions: str = "all"):
     config = SimpleNamespace(task=task, seed=seed, action_repeat=1, time_limit=0, image_size=[64, 64], audio_dim=0)
-    return make_env(SimpleNamespace(**vars(config), text={"length": 16}, babyai={"view": view}))
+    return make_env(SimpleNamespace(**vars(config), text={"length": 16}, babyai={"view": view, "actions": actions}))
 
 
 def test_missions_are_read_and_views_seen():
@@ -47,6 +47,18 @@ def test_episodes_end_at_the_limit():
     while not step["is_last"]:
         step, count = env.step(0), count + 1  # turning on the spot
     assert not step["is_terminal"] and step["log_success"] == 0 and count > 10
+
+
+def test_a_smaller_view_and_moves_alone():
+    wide, near = make("babyai_GoToLocal-v0"), make("babyai_GoToLocal-v0", view=3, actions="moves")
+    assert (wide.act_space.n, near.act_space.n) == (7, 3)
+    wide, near = wide.reset()["image"], near.reset()["image"]
+    tile = 64 // 7 + 1  # the agent is at the middle of the lower side: so is what it sees, only larger
+    middle = slice(32 - tile // 2, 32 + tile // 2)
+    assert np.abs(near[-20:, 22:42].mean((0, 1)) - wide[-tile:, middle].mean((0, 1))).max() < 40
+    assert not np.array_equal(wide, near)
+    with pytest.raises(TaskError, match="babyai.view is 4"):
+        make("babyai_GoToLocal-v0", view=4)
 
 
 def test_unknown_levels():

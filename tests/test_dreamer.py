@@ -267,7 +267,9 @@ def test_evaluation_elsewhere_than_in_training(tmp_path):
     assert "Observed in training and not here, so that it counts as absent: audio" in succeed(*play, "--audio_dim", 0)
     assert "on gym_CartPole-v0" in succeed(*play, "--task", "gym_CartPole-v0")
     assert "'audio' has the shape (8,) here, and had (16,) in training" in fail(*play, "--audio_dim", 8)
-    assert "action space is Box(-1.0, 1.0, (1,), float32) here, and was Discrete(2) in training" in fail(*play, "--task", "gym_Pendulum-v1")
+    assert "action space is Box(-1.0, 1.0, (1,), float32) here, and was Discrete(2) in training" in fail(
+        *play, "--task", "gym_Pendulum-v1"
+    )
     assert "networks differ" in fail(*play, "--dyn.deter", 64)
 
 
@@ -1176,18 +1178,24 @@ def test_a_changed_rate_counts_when_forced(tmp_path):
 def test_what_the_environment_logs_is_logged(tmp_path):
     class Logging(Toy):
         def step(self, action):
-            return {**super().step(action), "log_count": np.float32(self.count)}
+            step = {**super().step(action), "log_count": np.float32(self.count), "log_place": np.zeros(2)}
+            return step | ({"log_success": np.float32(1)} if step["is_last"] else {})  # only then
 
         def reset(self):
             return {**super().reset(), "log_count": np.float32(0)}
 
-    register_env("toy", lambda config, mode, index: Logging(length=7))
-    flags = "--task toy --steps 60 --prefill 50 --log_every 20 --eval_every 40 --eval_episode_num 2".split()
-    with contextlib.closing(make_trainer(tmp_path, *flags)) as trainer:
+    register_env("toy", lambda config, mode, index: Logging(length=7 + 2 * index))
+    flags = "--task toy --steps 60 --prefill 50 --log_every 20 --eval_every 40 --eval_envs 2 --eval_episode_num 2"
+    with contextlib.closing(make_trainer(tmp_path, *flags.split(), "--envs", 2)) as trainer:
         trainer.run()
     rows = metrics(tmp_path)
-    assert {row["episode/count"] for row in rows if "episode/count" in row} == {7.0}
-    assert {row["eval/count"] for row in rows if "eval/count" in row} == {7.0}
+    for name, values in {
+        "episode/count": {7, 8, 9},
+        "episode/success": {1},
+        "eval/count": {8},
+        "eval/success": {1},
+    }.items():
+        assert values >= {row[name] for row in rows if name in row} != set(), name
 
 
 @pytest.mark.parametrize("sample", [False, True])

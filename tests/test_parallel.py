@@ -158,7 +158,8 @@ def test_batches_and_reset_alignment(backend):
         expected = np.where(counts % 2 == 0, counts + 1, 0)
         np.testing.assert_array_equal(batch["touch"], np.broadcast_to(expected[:, None, None, None], (3, 2, 2, 1)))
         assert batch["present/count"].all() and batch["room"].tolist() == [0, 1, 2]
-        assert "log_name" not in batch and "log_first_only" not in batch
+        assert "log_name" not in batch
+        np.testing.assert_array_equal(batch["log_first_only"], [1, np.nan, np.nan])  # NaN where nothing is told
         for key, value in kept.items():  # the caller may keep a batch
             np.testing.assert_array_equal(previous[key], value)
         previous = batch

@@ -322,6 +322,7 @@ def test_wandb_offline(tmp_path):
                 logger.image("image", np.zeros((16, 16, 3), np.uint8))
                 logger.histogram("histogram", np.arange(9.0))
                 logger.text("text", "<hello>")
+                logger.audio("sound", (np.sin(np.arange(800) / 3), 8000))
                 logger.write(step)
     """
     process = python(
@@ -336,7 +337,8 @@ def test_wandb_offline(tmp_path):
     identity = (tmp_path / "wandb_id.txt").read_text()
     runs = list((tmp_path / "wandb").glob(f"offline-run-*-{identity}"))
     assert runs and all((run / f"run-{identity}.wandb").stat().st_size > 500 for run in runs)
-    assert list((tmp_path / "wandb").rglob("*.gif")) and list((tmp_path / "wandb").rglob("*.png"))
+    for media in ("*.gif", "*.png", "*.wav", "*.html"):
+        assert list((tmp_path / "wandb").rglob(media)), media
 
 
 def test_wandb_missing_is_one_line(tmp_path, monkeypatch):
