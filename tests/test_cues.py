@@ -1,5 +1,9 @@
 """The world of cues: where the cue is, where it is not, and what a policy without it reaches."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,3 +67,18 @@ def test_as_a_task():
     assert all(env.obs_space[key].contains(step[key]) for key in env.obs_space)
     with pytest.raises(TaskError, match="cue_smell.*image, audio, text, vector"):
         make_env(SimpleNamespace(**{**vars(config), "task": "cue_smell"}))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_an_agent_learns_from_each_kind_and_does_without(tmp_path):
+    """Trains for five minutes. Chance is 0.25."""
+    script = Path(__file__).resolve().parent.parent / "scripts" / "cues.py"
+    flags = ["--out", tmp_path / "out.jsonl", "--folder", tmp_path, "--steps", "6000", "--only", "all, concat"]
+    done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (found,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert found["success"] > 0.95 and found["success without any"] < 0.4
+    for kind in KINDS:
+        assert found[f"success without {kind}"] > found["success"] - 0.05, kind
+    assert found["image from audio"] > 0.9
