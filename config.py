@@ -50,6 +50,7 @@ CHOICES = {
     "reward_head.dist": ("symexp_twohot", "symlog_disc", "symlog_mse", "mse", "normal"),
     "critic.dist": ("symexp_twohot", "symlog_disc", "symlog_mse", "mse", "normal"),
     "encoder.fusion": ("concat", "attention", "poe"),
+    "*.audio_form": ("auto", "features", "spectrogram", "waveform"),
     "encoder.audio_front": ("spectrogram", "raw"),
     "sound.observe": ("audio", "pose", "map", "image"),  # of each entry
     "sound.audio": ("waveform", "features"),
@@ -82,7 +83,7 @@ RANGES = {
     "text.length": ">= 1",
     "sound.scale": ">= 0.25",  # a robot has to pass
     "sound.mics": ">= 1",
-    "sound.step": "> 0",
+    "sound.step": ">= 0.01",
     "sound.steps": ">= 1",
     "sound.order": ">= 0",
     "sound.absorption": "> 0, <= 1",
@@ -158,6 +159,7 @@ NULLABLE = {
     "offline_traindir": str,
     "offline_evaldir": str,
     "encoder.text_pretrained": str,
+    **{f"modality_scales.{kind}": float for kind in ("image", "vector", "audio", "text")},
     **{
         f"{net}.{kind}_{key}": int
         for net in ("encoder", "decoder")
@@ -622,6 +624,11 @@ def _check(path: str, value: Any, found: str) -> None:
             close = difflib.get_close_matches(str(item), choices, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ConfigError(f"{found}: expected {'one of ' if len(choices) > 2 else ''}{_or(choices)}{hint}")
+        if path.endswith("_keys"):
+            try:
+                re.compile(item)
+            except re.error as error:
+                raise ConfigError(f"{found}: not a regular expression: {error}") from None
         if pattern and not re.fullmatch(pattern[0], item):
             raise ConfigError(f"{found}: expected {pattern[1]}")
         if limits and not all(_holds(item, limit) for limit in limits.split(",")):

@@ -75,7 +75,7 @@ class Dreamer(nn.Module):
         shared = {"horizon": config.horizon, "contdisc": config.contdisc}
         sections = ("encoder", "decoder", "dyn", "reward_head", "cont_head", "kl_free", "grad_heads", "checkpointing")
         sections += ("modality_dropout",)
-        kinds = modalities or tuple(config.modalities)
+        kinds = tuple(config.modalities) if modalities is None else modalities
         self.world_model = WorldModel(
             obs_space, self.action_size, modalities=kinds, **shared, **{k: config[k] for k in sections}
         )
@@ -117,7 +117,7 @@ class Dreamer(nn.Module):
         """With a scale of its own for every key whose kind does not count as the others do."""
         decoder, scales = self.world_model.decoder, dict(scales)
         for kind, keys in decoder.kinds.items():
-            scale = of_kinds.get(kind, decoder.scales[kind])
+            scale = decoder.scales[kind] if of_kinds.get(kind) is None else of_kinds[kind]
             if scale != 1:
                 scales |= {f"rec/{key}": scales["rec"] * scale for key in keys}
         if all(f"rec/{key}" in scales for key in decoder.keys):
@@ -308,7 +308,7 @@ class Trainer:
     Builds everything, and resumes if the logdir holds a checkpoint or data. `run()` trains until `steps` frames.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, modalities: Mapping[str, ModalityConfig] | None = None):
         self.config = config = resolve_paths(config)
         self.logdir = Path(config.logdir)
         self._claim_logdir()
@@ -316,7 +316,7 @@ class Trainer:
         self.envs, self.eval_envs = None, None
         try:
             self.obs_space, self.act_space = self._make_envs()
-            self.agent = Dreamer(self.obs_space, self.act_space, config, self.device)
+            self.agent = Dreamer(self.obs_space, self.act_space, config, self.device, modalities)
             self.random = Random(self.act_space, seed=config.seed + 2)
             self.replay = self._make_replay()
             self.eval_replay = self._make_eval_replay()
@@ -326,7 +326,7 @@ class Trainer:
         self.updates, self.episodes, self.saved_at = 0, 0, 0
         # Agent steps from which updates are owed; what an earlier session stored counts from the end of the prefill.
         self.train_start = config.prefill if self.replay.steps >= config.prefill else None
-        self.last_return, self.evaluated_at = None, None
+        self.last_return, self.evaluated_at, self.told_short = None, None, False
         self.metrics, self.episode_metrics = tools.Metrics(), tools.Metrics()
         self.pending = None  # latents of the latest update, written back while the device works on the next
         self.shutdown = tools.Shutdown()
@@ -631,6 +631,12 @@ class Trainer:
                 self.logger.video("eval/episode", video)
         if config.video_pred_log and self.eval_replay and self.eval_replay.windows and not self.shutdown.requested:
             self._log_predictions()
+        elif config.video_pred_log and self.eval_replay and not self.shutdown.requested and not self.told_short:
+            self.told_short = True
+            log.info(
+                f"No open-loop prediction yet: the evaluations so far are shorter than a window (batch_length "
+                f"{config.batch_length}) in every environment. More of eval_episode_num shows one sooner."
+            )
         if self.evaluates or config.video_pred_log:
             self.logger.write(self.frames)
 
@@ -766,6 +772,7 @@ def play(
     returns, lengths, entries = [], [], {}
     filming = film
     while (quota > 0).any() and not stop():
+        _check_finite(obs)
         action, state = agent.policy(obs, state, sample, generator)
         if on_step:
             on_step(obs, action)
@@ -789,13 +796,19 @@ def play(
     return returns, lengths, entries, np.stack(frames) if frames else None
 
 
+def _check_finite(obs: dict[str, np.ndarray]) -> None:
+    for key, value in obs.items():
+        if value.dtype.kind == "f" and not key.startswith("log_") and not np.isfinite(value).all():
+            raise UserError(f"The observation '{key}' holds NaN or infinity: mend it in the environment.")
+
+
 def logged(obs: dict[str, np.ndarray], env: int) -> dict[str, float]:
     """The numbers that the environment wants logged at this step (`log_*`), without the prefix."""
     found = {key[len("log_") :]: value[env] for key, value in obs.items() if key.startswith("log_")}
     return {name: float(value) for name, value in found.items() if value.size == 1 and not np.isnan(value)}
 
 
-def evaluate_checkpoint(config: Config) -> None:
+def evaluate_checkpoint(config: Config, modalities: Mapping[str, ModalityConfig] | None = None) -> None:
     """`--mode eval`: plays `episodes` episodes with a checkpoint's weights, and films the first.
 
     The configuration is the checkpoint's, except for how to evaluate and for what is written on the command line.
@@ -813,7 +826,7 @@ def evaluate_checkpoint(config: Config) -> None:
     try:
         changed = any(config.flat()[key] != trained.flat().get(key) for key in config.given() if key not in own)
         space = _observed_in_training(trained, envs) if changed else envs.obs_space
-        agent = Dreamer(space, envs.act_space, config, device)
+        agent = Dreamer(space, envs.act_space, config, device, modalities)
         agent.restore(state, weights_only=True)
         generator = torch.Generator(device).manual_seed(config.seed)
         with tools.Shutdown() as shutdown:
@@ -848,13 +861,18 @@ def _observed_in_training(trained: Config, envs: VectorEnv) -> dict:
     for key, was in space.items():
         if key in envs.obs_space and envs.obs_space[key].shape != was.shape:
             raise UserError(f"'{key}' has the shape {envs.obs_space[key].shape} here, and had {was.shape} in training.")
+        if key in envs.obs_space and hasattr(was, "same_words") and not was.same_words(envs.obs_space[key]):
+            raise UserError(
+                f"The ids of '{key}' mean other words here than in training: keep text.tokenizer as it was."
+            )
     lost = sorted(space.keys() - envs.obs_space.keys())
     if lost:
         log.warning(f"Observed in training and not here, so that it counts as absent: {', '.join(lost)}")
     return space
 
 
-def main(config: Config) -> None:
+def main(config: Config, modalities: Mapping[str, ModalityConfig] | None = None) -> None:
+    """Trains, or evaluates. `modalities`: see `Dreamer`; for what a program in Python selects."""
     tools.setup_logging(config.log_level, None if config.mode == "eval" else resolve_paths(config).logdir)
     tools.seed_everything(config.seed)
     tools.set_threads(config.threads)
@@ -862,9 +880,9 @@ def main(config: Config) -> None:
     if config.deterministic_run:
         tools.enable_deterministic_run()
     if config.mode == "eval":
-        evaluate_checkpoint(config)
+        evaluate_checkpoint(config, modalities)
         return
-    trainer = Trainer(config)
+    trainer = Trainer(config, modalities)
     try:
         trainer.run()
     finally:

@@ -95,7 +95,8 @@ def infer_spaces(directory: Path | str) -> tuple[dict, object]:
     """Observation spaces and action space from recorded files, to train without an environment.
 
     Observations are the keys beside flags, action, reward, `present/*`, `log_*` and `logprob`: Box of the recorded
-    shape and dtype (0 to 255 for uint8, unbounded for floats). The action space is Discrete(n) if every action of every
+    shape and dtype: 0 to 255 for uint8, from 0 or the lowest to the highest for other integers (a text has as many ids
+    as were recorded), unbounded for floats. The action space is Discrete(n) if every action of every
     file is one-hot or zero, or a whole number; otherwise Box(-1, 1). Several one-hots side by side (MultiDiscrete)
     cannot be told apart and give a Box. Damaged files are passed over. Raises ReplayError if nothing can be read, or
     two files differ in keys or shapes.
@@ -104,7 +105,7 @@ def infer_spaces(directory: Path | str) -> tuple[dict, object]:
 
     if not Path(directory).is_dir():
         raise ReplayError(f"{directory} is not a directory; give offline_traindir a folder of .npz episodes.")
-    found, first, widths, highest, discrete, chosen = None, None, set(), 0, True, False
+    found, first, widths, highest, discrete, chosen, bounds = None, None, set(), 0, True, False, {}
     for path in sorted(Path(directory).glob("*.npz")):
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -116,6 +117,11 @@ def infer_spaces(directory: Path | str) -> tuple[dict, object]:
                     if key not in RESERVED | {"logprob"} and not key.startswith(("present/", "log_"))
                 }
                 shapes = {key: file[key] for key in sorted(names)} if whole else None
+                integers = [k for k in names if (found or {}).get(k, (0, np.dtype(np.int32)))[1].kind in "iu"]
+                ranges = [(key, file[key]) for key in integers]
+                ranges = {
+                    k: (v.min(), v.max()) for k, v in ranges if v.dtype.kind in "iu" and v.itemsize > 1 and v.size
+                }
         except PermissionError:
             raise
         except Exception as error:  # a damaged archive can raise nearly anything
@@ -128,6 +134,9 @@ def infer_spaces(directory: Path | str) -> tuple[dict, object]:
                 f"{path} and {first} hold different observations: {sorted(names)} and {sorted(found)}; "
                 "keep one kind of episode per directory."
             )
+        for key, (low, high) in ranges.items():
+            before = bounds.get(key, (0, 1))
+            bounds[key] = (min(before[0], int(low)), max(before[1], int(high)))
         flat = action.reshape(len(action), -1)
         widths.add(flat.shape[1])
         if flat.shape[1] == 1 and action.dtype.kind in "iu":
@@ -142,17 +151,18 @@ def infer_spaces(directory: Path | str) -> tuple[dict, object]:
     act_space = spaces.Box(-1, 1, (width,), np.float32)
     if discrete and chosen:  # all zero tells nothing
         act_space = spaces.Discrete(highest + 1 if width == 1 else width)
-    return {key: _infer_box(shape, dtype) for key, (shape, dtype) in found.items()}, act_space
+    return {key: _infer_box(shape, dtype, *bounds.get(key, ())) for key, (shape, dtype) in found.items()}, act_space
 
 
-def _infer_box(shape: tuple, dtype: np.dtype):
+def _infer_box(shape: tuple, dtype: np.dtype, low: int | None = None, high: int | None = None):
     from gymnasium import spaces
 
     if dtype.kind == "f":
         return spaces.Box(-np.inf, np.inf, shape, np.float32)
     if dtype.kind == "b":
         return spaces.Box(0, 1, shape, np.uint8)
-    return spaces.Box(np.iinfo(dtype).min, np.iinfo(dtype).max, shape, dtype)
+    limits = np.iinfo(dtype)
+    return spaces.Box(limits.min if low is None else low, limits.max if high is None else high, shape, dtype)
 
 
 def sample_episodes(

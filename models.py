@@ -105,7 +105,7 @@ class WorldModel(nn.Module):
         losses["con"] = self.cont(self._stop(feat, "cont")).loss(goes_on * self.discount if self.contdisc else goes_on)
         dyn, rep = self.rssm.kl(post, prior)
         losses["dyn"], losses["rep"] = dyn.clamp(min=self.kl_free), rep.clamp(min=self.kl_free)
-        return losses, self._metrics(losses, post, prior, dyn)
+        return losses, self._metrics(losses, present, post, prior, dyn)
 
     def observe(
         self, batch: dict, noise: Tensor | None = None, drop: Float[Tensor, "b kinds"] | None = None
@@ -175,9 +175,16 @@ class WorldModel(nn.Module):
         return {key: value.detach() for key, value in x.items()} if isinstance(x, dict) else x.detach()
 
     @torch.no_grad()
-    def _metrics(self, losses: Losses, post: State, prior: State, kl: Tensor) -> Metrics:
+    def _metrics(
+        self, losses: Losses, present: dict[str, Tensor | None], post: State, prior: State, kl: Tensor
+    ) -> Metrics:
         recon = {key[len("rec/") :]: loss.mean() for key, loss in losses.items() if key.startswith("rec/")}
-        kinds = {kind: sum(recon[key] for key in keys) for kind, keys in self.decoder.kinds.items()}
+        # The mean over steps that have it: what is absent counts 0 in the loss, and says nothing about the model.
+        nats = {
+            key: loss if present[key] is None else loss / present[key].to(loss.dtype).mean().clamp(min=1e-6)
+            for key, loss in recon.items()
+        }
+        kinds = {kind: sum(nats[key] for key in keys) for kind, keys in self.decoder.kinds.items()}
         return {
             "world/recon_loss": sum(recon.values()),
             **{f"world/recon_{key}": loss for key, loss in recon.items()},
@@ -190,6 +197,9 @@ class WorldModel(nn.Module):
             "world/prior_entropy": self.rssm.entropy(prior).mean(),
             "world/post_entropy": self.rssm.entropy(post).mean(),
         }
+
+
+MultimodalWorldModel = WorldModel  # one class, whatever the number of kinds
 
 
 class Stream(nn.Module):

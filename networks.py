@@ -40,6 +40,12 @@ class MultiEncoder(nn.Module):
         super().__init__()
         kinds = active(modalities)
         self.kinds = select(spaces, kinds, options, "encoder")
+        lacking = [] if isinstance(modalities, Mapping) else [name for name in modalities if name not in self.kinds]
+        if lacking:
+            raise UserError(
+                f"modalities names {', '.join(lacking)}, and the environment gives no such observation, only "
+                f"{', '.join(spaces)}."
+            )
         self.encoders = nn.ModuleDict({name: kinds[name].encoder(own, options) for name, own in self.kinds.items()})
         self.sizes = {kind: encoder.out_size for kind, encoder in self.encoders.items()}
 
@@ -75,8 +81,11 @@ class MultiDecoder(nn.Module):
         **options,
     ):
         super().__init__()
-        kinds = {name: kind for name, kind in active(modalities).items() if kind.decoder_type is not None}
-        self.kinds = select(spaces, kinds, options, "decoder")
+        kinds = active(modalities)
+        chosen = select(spaces, kinds, options, "decoder")
+        self.kinds = {name: own for name, own in chosen.items() if kinds[name].decoder_type is not None}
+        if not self.kinds:
+            raise UserError(f"None of the active kinds ({', '.join(chosen)}) is predicted: one needs a decoder_type.")
         self.shows = {name: kinds[name].show for name in self.kinds}
         self.scales = {name: kinds[name].loss_scale for name in self.kinds}
         self.decoders = nn.ModuleDict(

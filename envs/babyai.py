@@ -13,7 +13,8 @@ from .wrappers import Env, TaskError, transition
 
 VOCABULARY = (
     "go to the a an pick up open put next and then after you on your left right in front of behind door ball box key "
-    "red green blue purple yellow grey object near , use fetch get traverse rooms goal square matching color end"
+    "red green blue purple yellow grey object near , use fetch get traverse rooms goal square matching color end "
+    "avoid lava find opening must reach from room unlock at hallway"
 ).split()
 MOVES = 3  # the first actions: turn left, turn right, go forward
 TILE = 16  # pixels of a tile, before the image is resized
@@ -48,26 +49,27 @@ def load(config, mode: str, name: str, seed: int) -> Env:
 
 
 class BabyAI(Env):
-    """Observes `image`, uint8 [H, W, 3], and `mission`, text. `log_success` tells at the end of an episode."""
+    """Observes `image`, uint8 [H, W, 3], and `mission`, text. `log_success`: 1 at the step that ends it well."""
 
     vocabulary = VOCABULARY
 
     def __init__(self, env, seed: int, blank: bool = False, moves: bool = False):
         self._env, self._seed, self._blank = env, seed, blank
-        self.obs_space = {"image": env.observation_space["image"], "mission": spaces.Text(256)}
+        side = (
+            TILE * env.unwrapped.agent_view_size
+        )  # not what the wrapper's space says: that was made for the first view
+        self.obs_space = {"image": spaces.Box(0, 255, (side, side, 3), np.uint8), "mission": spaces.Text(256)}
         self.act_space = spaces.Discrete(MOVES if moves else int(env.action_space.n))
 
     def reset(self):
         obs, _ = self._env.reset(seed=self._seed)
         self._seed = None  # only the first time: later episodes go on from there
-        return transition(self._observe(obs), first=True)
+        return transition({**self._observe(obs), "log_success": np.float32(0)}, first=True)
 
     def step(self, action):
         obs, reward, terminated, truncated, _ = self._env.step(int(action))
-        obs, ended = self._observe(obs), terminated or truncated
-        if ended:
-            obs["log_success"] = np.float32(reward > 0)
-        return transition(obs, reward, last=ended, terminal=terminated)
+        obs = {**self._observe(obs), "log_success": np.float32(reward > 0)}
+        return transition(obs, reward, last=terminated or truncated, terminal=terminated)
 
     def render(self):
         return self._env.unwrapped.render()

@@ -67,12 +67,12 @@ class CueWorld(Env):
 
     def reset(self):
         self._class, self._time = int(self._rng.integers(self.classes)), 0
-        return transition(self._observe(self._kinds), first=True)
+        return transition({**self._observe(self._kinds), "log_success": np.float32(0)}, first=True)
 
     def step(self, action):
         self._time += 1
         if self._time <= self._delay:
-            return transition(self._observe(()))
+            return transition({**self._observe(()), "log_success": np.float32(0)})
         right = float(action == self._class)
         return transition({**self._observe(KINDS), "log_success": np.float32(right)}, right, last=True, terminal=True)
 

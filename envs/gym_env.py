@@ -63,7 +63,8 @@ class GymEnv(Env):
     time limit), and the observation with or without an info dict from `reset`. Spaces are recognised by class name,
     so that those of the old gym work without importing it. Nested observations are flattened: {'a': {'b': x}} is
     `a/b`. An observation that is not a dict is `image` if it is one, else `vector`. Entries of the info dict whose
-    name starts with `log_` are handed on. Discrete values are counted from 0 even where the space starts elsewhere.
+    name starts with `log_` are handed on. Texts become token ids later (`TokenizeText`), by the environment's attribute
+    `vocabulary` if it has one. Discrete values are counted from 0 even where the space starts elsewhere.
 
     Errors: TaskError for a space that is not supported.
     """
@@ -75,6 +76,9 @@ class GymEnv(Env):
         self._starts, self._transposed = {}, set()
         self.obs_space = self._observation_spaces(env.observation_space)
         self.act_space, self._action_start = self._action_space(env.action_space)
+        words = getattr(getattr(env, "unwrapped", env), "vocabulary", None)
+        if words is not None:
+            self.vocabulary = words  # of its texts
         self._image = next((key for key, space in self.obs_space.items() if is_image(space)), None)
         self._last_image = None
         self._no_render = False
@@ -148,7 +152,7 @@ class GymEnv(Env):
         kind = _kind(space)
         if kind not in ("Dict", "Tuple"):
             frame = kind == "Box" and space.dtype == np.uint8 and len(space.shape) in (2, 3)
-            self._single = "image" if frame else "vector"
+            self._single = "image" if frame else "text" if kind == "Text" else "vector"
             return {self._single: self._leaf(self._single, space)}
         self._single = None
         result = {}
@@ -176,10 +180,11 @@ class GymEnv(Env):
             return spaces.MultiDiscrete(np.asarray(space.nvec))
         if kind == "MultiBinary":
             return spaces.MultiBinary(space.shape)
-        hint = ": turn the text into integer tokens (a Box) in a wrapper" if kind == "Text" else ""
+        if kind == "Text":
+            return spaces.Text(int(getattr(space, "max_length", 256)))
         raise TaskError(
             f"{self._name}: observation '{key}' has a {type(space).__name__} space; "
-            f"supported are Box, Discrete, MultiDiscrete, MultiBinary, Dict and Tuple{hint}."
+            "supported are Box, Discrete, MultiDiscrete, MultiBinary, Text, Dict and Tuple."
         )
 
     def _action_space(self, space):
@@ -202,6 +207,8 @@ class GymEnv(Env):
         else:
             result = {key: value for key, value in _flatten(obs, _values) if value is not None}
         for key, value in result.items():
+            if isinstance(value, str):
+                continue  # it becomes ids in `TokenizeText`
             result[key] = value = np.asarray(value)
             if key in self._starts:
                 result[key] = (value - self._starts[key]).astype(np.int64)
@@ -220,9 +227,13 @@ def _scalar(reward):
 
 
 def _kind(space) -> str:
-    """The space's class name, looking through subclasses: old and new gym agree on these names."""
+    """The space's class name, looking through subclasses: old and new gym agree on these names. A space of strings that
+    is none of them (such as minigrid's missions) counts as Text.
+    """
     known = ("Box", "Discrete", "MultiDiscrete", "MultiBinary", "Dict", "Tuple", "Text", "Graph", "Sequence")
-    return next((cls.__name__ for cls in type(space).__mro__ if cls.__name__ in known), type(space).__name__)
+    name = next((cls.__name__ for cls in type(space).__mro__ if cls.__name__ in known), type(space).__name__)
+    strings = name not in known and getattr(space, "dtype", None) is not None and np.dtype(space.dtype).kind == "U"
+    return "Text" if strings else name
 
 
 def _children(space):

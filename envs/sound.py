@@ -19,7 +19,7 @@ import argparse
 import math
 import sys
 import time
-import wave
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -134,8 +134,9 @@ class SoundRoom(Env):
             source.goal = source.place
         self._distance = None
         self._distance = self._measure()
-        self._time = 0
-        return transition(self._observe(), first=True)
+        self._time = self._contacts = 0
+        zeros = {"log_contacts": np.float32(0), "log_success": np.float32(0)}
+        return transition({**self._observe(), **zeros}, first=True)
 
     def step(self, action):
         touched = self._move(action)
@@ -151,9 +152,8 @@ class SoundRoom(Env):
         if not done and any(source.found for source in self._sources):
             self._distance = self._measure()  # to the next one
         self._time += 1
-        logs = {"log_contacts": np.float32(touched)}
-        if done or self._time >= self.time_limit:
-            logs["log_success"] = np.float32(done)
+        self._contacts += touched
+        logs = {"log_contacts": np.float32(self._contacts), "log_success": np.float32(done)}
         return transition({**self._observe(), **logs}, reward, last=done, terminal=done)
 
     def render(self):
@@ -265,9 +265,19 @@ class Floor:
         grid = np.ceil(self.size / CELL).astype(int)
         centres = (np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1) + 0.5) * CELL
         centres = centres.reshape(-1, 2)  # farther from walls than the robot must be, so that it gets around corners
-        self._open = (self.inside(centres) & self.clear(centres, RADIUS + CELL)).reshape(grid)
+        self._open = self._largest((self.inside(centres) & self.clear(centres, RADIUS + CELL)).reshape(grid))
         self._cells = np.argwhere(self._open)
         self._fields: dict[tuple, np.ndarray] = {}
+
+    @staticmethod
+    def _largest(free: np.ndarray) -> np.ndarray:
+        """The largest part of the cells that one can walk all over."""
+        from scipy.ndimage import label
+
+        parts, count = label(free, np.ones((3, 3)))
+        if not count:
+            raise TaskError("sound.scale leaves the robot no place to stand: make it larger.")
+        return parts == 1 + np.bincount(parts[parts > 0] - 1).argmax()
 
     def inside(self, points: np.ndarray) -> np.ndarray:
         """[n, 2] -> [n] bool: in the outline and in no block (a ray to the east crosses the walls an odd number of
@@ -429,6 +439,10 @@ class Acoustics:
         self._room.is_inside = lambda place: True
         pra.constants.set("rir_hpf_enable", False)  # it removes what nobody hears, and takes longer than the rest
         self._pra, self._ism, self._mics = pra, compute_ism_rir, mics
+        diagonal = float(np.linalg.norm([*floor.size, CEILING]))  # each reflection adds one at most
+        self._tail = math.ceil((order + 1) * diagonal / self._room.c * RATE) + 2 * pra.constants.get(
+            "frac_delay_length"
+        )
 
     def hear(self, sources: Sequence[Source], mics: np.ndarray, samples: int) -> np.ndarray:
         """What microphones at [2, mics] record during the next samples, [mics, samples]."""
@@ -438,7 +452,7 @@ class Acoustics:
         for source, responses in zip(sources, self.responses(sources, mics), strict=True):
             longest = max(map(len, responses))
             # What was emitted before still sounds: samples from as far back as the response is long.
-            source.past = np.concatenate([source.past, source.signal(samples)])[-(samples + 2 * RATE // 10) :]
+            source.past = np.concatenate([source.past, source.signal(samples)])[-(samples + self._tail) :]
             emitted = source.past[-(samples + longest - 1) :]
             emitted = np.pad(emitted, (samples + longest - 1 - len(emitted), 0))
             size = 2 ** math.ceil(math.log2(len(emitted) + longest))
@@ -479,7 +493,7 @@ def make_signal(name: str) -> Callable[[np.random.Generator], Callable[[int], np
         return lambda rng: lambda samples: rng.normal(0, 0.3, samples)
     if name == "tones":
         return Tones
-    files = sorted(Path(name).glob("*.wav")) if Path(name).is_dir() else []
+    files = [path for path in sorted(Path(name).glob("*")) if path.suffix.lower() == ".wav"]
     if not files:
         raise TaskError(f"sound.signal is '{name}', expected noise, tones, or a folder with wav files.")
     recordings = [read_wav(path) for path in files]
@@ -512,20 +526,26 @@ class Recording:
 
 
 def read_wav(path: Path) -> np.ndarray:
-    """PCM of any rate, the first channel in ±1, at RATE. TaskError for what cannot be read."""
+    """The first channel of a wav file (PCM or floats, any rate), in ±1, at RATE. TaskError for what cannot be read."""
+    from scipy.io import wavfile
+    from scipy.signal import resample_poly
+
     try:
-        with wave.open(str(path)) as file:
-            width, rate, channels = file.getsampwidth(), file.getframerate(), file.getnchannels()
-            data = file.readframes(file.getnframes())
-        if width not in (2, 4):
-            raise wave.Error(f"{8 * width} bits per sample, expected 16 or 32")
-        samples = np.frombuffer(data, f"<i{width}")[::channels] / 2 ** (8 * width - 1)
-        if not len(samples):
-            raise wave.Error("it has no samples")
-    except (wave.Error, EOFError, OSError) as error:
-        raise TaskError(f"{path} cannot be read as a wav file: {error}") from error
-    length = max(1, round(len(samples) * RATE / rate))
-    return np.interp(np.arange(length) * rate / RATE, np.arange(len(samples)), samples)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks that are not sound
+            rate, samples = wavfile.read(path)
+        if not len(samples) or rate <= 0:
+            raise ValueError(f"{len(samples)} samples at {rate} Hz")
+        samples = samples.reshape(len(samples), -1)[:, 0]
+        if samples.dtype.kind != "f":
+            span = np.iinfo(samples.dtype)
+            samples = (samples.astype(np.float64) - (span.max + span.min + 1) / 2) / ((span.max - span.min + 1) / 2)
+        if not np.isfinite(samples).all():
+            raise ValueError("it holds NaN or infinity")
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise TaskError(f"{path} cannot be read as a wav file: {' '.join(str(error).split())}") from error
+    shared = math.gcd(RATE, rate)
+    return resample_poly(samples.astype(np.float64), RATE // shared, rate // shared)
 
 
 class Features:
@@ -564,6 +584,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--policy", choices=("oracle", "random"), default="oracle")
     parser.add_argument("--episodes", type=int, default=20)
     args, keys = parser.parse_known_args(argv)
+    if args.episodes < 1 or not args.task.startswith("sound_"):
+        parser.error("expected --episodes of at least 1, and a --task such as sound_rectangle")
     import config as configuration
     from envs import make_env
 

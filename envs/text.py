@@ -85,6 +85,13 @@ class TokenSpace(spaces.Box):
         super().__init__(0, tokenizer.size - 1, (length,), np.int32)
         self.tokenizer = tokenizer
 
+    def same_words(self, other) -> bool:
+        """Does every id mean the same there?"""
+        if self.tokenizer.size != getattr(getattr(other, "tokenizer", None), "size", None):
+            return False
+        ids = range(SPECIAL, self.tokenizer.size)
+        return all(self.tokenizer.decode([n]) == other.tokenizer.decode([n]) for n in ids)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text up to its end; padding left out."""
         ids = [int(n) for n in ids]
@@ -109,7 +116,8 @@ class TokenizeText(Wrapper):
     """Turns every observation with a `Text` space into token ids.
 
     Args:
-        length: ids per step; a longer text is cut (and logged as `log_text_cut`, 1 where it was).
+        length: ids per step; a longer text is cut (and logged as `log_text_cut`, 1 where it was; `log_text_unknown`
+            is the number of unknown words).
         tokenizer: see the top of this file.
         stream: one id each step instead.
     """
@@ -131,7 +139,7 @@ class TokenizeText(Wrapper):
         return self._convert(self.env.step(action))
 
     def _convert(self, step):
-        step = dict(step)
+        step, cut, unknown = dict(step), False, 0
         for key in self._keys:
             if step.get(key) is not None:
                 text = step[key]
@@ -139,9 +147,9 @@ class TokenizeText(Wrapper):
                     raise ValueError(f"observation '{key}' is a {type(text).__name__}, but its space says text.")
                 ids = [*self._tokenizer.encode(text), END] if text else []
                 step[key] = self._next(key, text, ids) if self._stream else self._whole(ids)
-                if not self._stream:
-                    step["log_text_cut"] = np.float32(len(ids) > self._length)
-        return step
+                cut, unknown = cut or len(ids) > self._length, unknown + ids.count(UNKNOWN)
+        logs = {"log_text_unknown": np.float32(unknown)} | ({} if self._stream else {"log_text_cut": np.float32(cut)})
+        return step | (logs if self._keys else {})
 
     def _whole(self, ids):
         out = np.full(self._length, PAD, np.int32)
@@ -174,6 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not Path(args.train).is_file():
         parser.error(f"{args.train} is not a file")
+    if not Path(args.out).absolute().parent.is_dir():
+        parser.error(f"{Path(args.out).parent} is not a folder")
     try:
         train(args.train, max(256, args.size), args.out)
     except ModuleNotFoundError:

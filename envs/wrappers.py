@@ -1,7 +1,8 @@
 """The environment interface, and small wrappers that bring any environment to it.
 
 An environment is any object with the attributes of `Env`. `envs.make_env` stacks the wrappers here in one order:
-environment -> ActionRepeat -> TimeLimit -> ConvertTypes -> ResizeImage -> actions -> CheckSpaces.
+environment -> ActionRepeat -> TimeLimit -> TokenizeText (`text.py`) -> AddAudio -> ConvertTypes -> ResizeImage ->
+actions -> CheckSpaces.
 """
 
 import math
@@ -322,7 +323,7 @@ class CheckSpaces(Wrapper):
     Ids are compared at every step: one outside of its vocabulary would do harm where nobody could tell any more where
     it came from. (NaN is found when a step is stored.)
 
-    Raises ValueError naming the key, what was found and what its space says.
+    Raises ValueError (TaskError for ids) naming the key, what was found and what its space says.
     """
 
     def __init__(self, env, name: str = "environment"):
@@ -334,8 +335,9 @@ class CheckSpaces(Wrapper):
             if key in RESERVED or key.startswith("log_"):
                 raise ValueError(f"{name}: an observation cannot be named '{key}' (used by the replay): rename it.")
         boxes = {key: space for key, space in self.obs_space.items() if isinstance(space, spaces.Box)}
-        # The largest id is what the world model has a row for; bytes cannot lie outside.
-        self._highest = {k: s.high.max() for k, s in boxes.items() if s.dtype.kind in "iu" and s.dtype != np.uint8}
+        # The largest id is what the world model has a row for; whole bytes cannot lie outside.
+        whole = {key for key, space in boxes.items() if space.dtype == np.uint8 and space.high.min() == 255}
+        self._highest = {k: s.high.max() for k, s in boxes.items() if s.dtype.kind in "iu" and k not in whole}
 
     def reset(self):
         step = self._complete(self.env.reset())
@@ -352,9 +354,9 @@ class CheckSpaces(Wrapper):
         for key, highest in self._highest.items():
             value = step.get(key)
             if value is not None and (np.max(value) > highest or np.min(value) < 0 <= self.obs_space[key].low.min()):
-                raise ValueError(
-                    f"{self._name}: observation '{key}' is {value}, outside its space {self.obs_space[key]}."
-                )
+                low, found = self.obs_space[key].low.min(), np.ravel(value)
+                outside = found[(found > highest) | (found < low)][0]
+                raise TaskError(f"{self._name}: '{key}' holds {outside}, but its space says {low} to {highest}.")
 
     def _complete(self, step):
         missing = [key for key in ("reward", *FLAGS) if key not in step]

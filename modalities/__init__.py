@@ -54,6 +54,7 @@ class ModalityConfig:
         keys: regular expression over observation keys (full match), the name if not given. '.*' takes what no other
             kind names.
         keys_option: the key of the configuration's encoder and decoder that replaces `keys`.
+        claims: a function of the space: true where an observation is of this kind, whatever it is called.
     """
 
     name: str
@@ -66,6 +67,11 @@ class ModalityConfig:
     display: str | Callable | None = None
     keys: str | None = None
     keys_option: str | None = None
+    claims: Callable[[Space], bool] | None = None
+
+    def __post_init__(self):
+        if not self.name.isidentifier() or self.name != vector.safe(self.name):
+            raise UserError(f"A modality cannot be called '{self.name}': it names a module; take another word.")
 
     def recognises(self, space: Space) -> bool:
         """Does an observation of this space belong to this kind, as far as its shape tells?"""
@@ -121,7 +127,9 @@ MODALITY_CONFIGS: dict[str, ModalityConfig] = {
         "image", image.recognises, encoder_type="cnn", decoder_type="cnn", keys=".*", keys_option="cnn_keys"
     ),
     "audio": ModalityConfig("audio", audio.recognises, encoder_type="audio", decoder_type="audio"),
-    "text": ModalityConfig("text", text.recognises, encoder_type="text", decoder_type="text", keys="text|mission"),
+    "text": ModalityConfig(
+        "text", text.recognises, encoder_type="text", decoder_type="text", keys="text|mission", claims=text.tokenized
+    ),
 }
 
 
@@ -159,15 +167,19 @@ def select(
     for key, space in sorted(spaces.items()):
         able = [name for name, kind in everyone.items() if kind.recognises(space)]
         naming = [name for name, p in patterns.items() if p not in ANYTHING + NOTHING and re.fullmatch(p, key)]
-        takers = [name for name in naming if name in able] or [name for name in able if patterns[name] in ANYTHING]
+        takers = [name for name in naming if name in able] or [
+            n for n in able if everyone[n].claims and everyone[n].claims(space)
+        ]
+        takers = takers or [name for name in able if patterns[name] in ANYTHING]
         unable = [name for name in naming if name in kinds and name not in able]
         if unable and not set(naming) & set(able):
             raise UserError(
                 f"The observation '{key}' is {_told(space)}, which the kind {unable[0]} cannot take. Change its shape, "
-                f"or rename it (or let --{where}.{_option(kinds[unable[0]])} match something else)."
+                f"or rename it (or let {_option(kinds[unable[0]], options, where)} match something else)."
             )
         if len(takers) > 1 and set(takers) & set(kinds):
-            options_ = " and ".join(f"{where}.{_option(everyone[name])} ('{patterns[name]}')" for name in takers)
+            told = (f"{_option(everyone[name], options, where)} ('{patterns[name]}')" for name in takers)
+            options_ = " and ".join(told)
             raise UserError(f"The observation '{key}' matches two kinds, {options_}: make one of them more specific.")
         if takers and takers[0] in kinds:
             chosen[takers[0]][key] = space
@@ -175,7 +187,7 @@ def select(
     for name, kind in kinds.items():
         if not chosen[name] and patterns[name] not in (*ANYTHING, *NOTHING, kind.default_keys):
             raise UserError(
-                f"{where}.{_option(kind)} is '{patterns[name]}', which matches none of the {name} observations. "
+                f"{_option(kind, options, where)} is '{patterns[name]}', which matches no observation of kind {name}. "
                 f"The environment gives: {listed or 'nothing'}"
             )
     chosen = {name: taken for name, taken in chosen.items() if taken}
@@ -193,8 +205,10 @@ def kinds_of(space: Space, kinds: Mapping[str, ModalityConfig]) -> list[str]:
     return [name for name, kind in kinds.items() if kind.recognises(space)]
 
 
-def _option(kind: ModalityConfig) -> str:
-    return kind.keys_option or f"{kind.name}_keys"
+def _option(kind: ModalityConfig, options: Mapping, where: str) -> str:
+    """Where the pattern of a kind's keys is set: the configuration, if it knows the kind, or its definition."""
+    key = kind.keys_option or f"{kind.name}_keys"
+    return f"{where}.{key}" if key in options else f"ModalityConfig('{kind.name}', keys=...)"
 
 
 def _told(space: Space) -> str:

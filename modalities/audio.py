@@ -1,8 +1,8 @@
 """Audio: features of a few dozen numbers, spectrograms, or waveforms.
 
-Which of them an observation is follows from its shape: [numbers] are features, [channels, samples] with many more
-samples than channels a waveform, anything else with two axes a spectrogram [frames, bins], with three [channels,
-frames, bins].
+Which of them an observation is, `audio_form` tells, or else its shape: [numbers] are features, [channels, samples] of
+one channel or with a hundred times more samples than channels a waveform, anything else with two axes a spectrogram
+[frames, bins], with three [channels, frames, bins].
 
 Features go through a symlog MLP, as vectors do. A waveform is turned into a log-magnitude spectrogram, on the device,
 and spectrograms go through convolutions over their frames. Phase cannot be predicted, so the decoder of a waveform
@@ -26,7 +26,8 @@ from layers import ACTIVATIONS, MLP, Dense, Linear, RMSNorm, init_weight
 from . import image
 from .vector import safe
 
-LONG = 8  # a waveform has at least so many times more samples than channels
+FORMS = {"features": (1,), "waveform": (2,), "spectrogram": (2, 3)}  # and how many axes they have
+LONG = 100  # a waveform of several channels has at least so many times more samples than channels
 KERNEL, STEM, STRIDE = 5, 25, 5  # taps of a convolution; taps and stride of the first one on a raw waveform
 SHORT = 4  # frames that convolutions leave
 
@@ -36,11 +37,16 @@ def recognises(space: gs.Space) -> bool:
     return isinstance(space, gs.Box) and space.dtype.kind == "f" and 1 <= len(space.shape) <= 3
 
 
-def form(shape: Sequence[int]) -> str:
-    """features, waveform or spectrogram."""
+def form(shape: Sequence[int], told: str = "auto") -> str:
+    """features, waveform or spectrogram: what was told, or what the shape looks like (auto)."""
+    if told != "auto":
+        if len(shape) not in FORMS[told]:
+            raise UserError(f"audio_form is {told}, but the audio has the shape {list(shape)}.")
+        return told
     if len(shape) == 1:
         return "features"
-    return "waveform" if len(shape) == 2 and shape[1] >= max(LONG * shape[0], 4 * STEM) else "spectrogram"
+    long = len(shape) == 2 and (shape[0] == 1 or shape[1] >= LONG * shape[0])
+    return "waveform" if long else "spectrogram"
 
 
 class LogSpectrogram(nn.Module):
@@ -54,7 +60,8 @@ class LogSpectrogram(nn.Module):
         super().__init__()
         if samples < window:
             raise UserError(
-                f"An audio waveform of {samples} samples is shorter than audio_window ({window}): lower it."
+                f"An audio waveform of {samples} samples is shorter than audio_window ({window}): lower it, or let "
+                "audio_form be spectrogram if it is one (for both: --'*.audio_window' N)."
             )
         self.window, self.hop, self.gain = window, hop, gain
         self.frames, self.bins = (samples - window) // hop + 1, window // 2 + 1
@@ -103,7 +110,7 @@ def show(decoder: nn.Module, key: str, truth: np.ndarray, predicted: np.ndarray,
     """A picture of truth, model and error over time, and sound where the observation is a waveform (of its first
     channel, of the first window). Arguments as in `image.show`.
     """
-    if key not in decoder.forms or decoder.forms[key] == "features":
+    if getattr(decoder, "forms", {}).get(key, "features") == "features":
         return {"": ("image", image.heatmap(truth[0].T, predicted[0].T, context / truth.shape[1]))}
     front = decoder.fronts[decoder.keys[key]]
     strips = [np.concatenate(list(window[0, :, 0]), 0).T for window in (truth, predicted)]  # [bins, steps * frames]
@@ -117,10 +124,10 @@ def show(decoder: nn.Module, key: str, truth: np.ndarray, predicted: np.ndarray,
 class Front(nn.Module):
     """An observation as the spectrogram [*b, channels, frames, bins] that is encoded and predicted."""
 
-    def __init__(self, shape: Sequence[int], window: int, hop: int):
+    def __init__(self, shape: Sequence[int], waveform: bool, window: int, hop: int):
         super().__init__()
         self.axes = len(shape)
-        self.spectrogram = LogSpectrogram(shape[1], window, hop) if form(shape) == "waveform" else None
+        self.spectrogram = LogSpectrogram(shape[1], window, hop) if waveform else None
         if self.spectrogram is not None:
             self.samples = shape[1]
             self.shape = (shape[0], self.spectrogram.frames, self.spectrogram.bins)
@@ -161,9 +168,9 @@ class Conv1d(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """Spectrogram or raw waveform -> embedding: convolutions that shorten it to a few frames, then a dense layer."""
+    """Spectrogram or raw waveform -> embedding: convolutions that shorten it to a few frames, then dense layers."""
 
-    def __init__(self, front: Front | None, shape: Sequence[int], units: int, depth: int, act: str):
+    def __init__(self, front: Front | None, shape: Sequence[int], units: int, layers: int, depth: int, act: str):
         super().__init__()
         self.front, self.axes = front, len(shape)
         stages = []
@@ -177,14 +184,14 @@ class Convolutions(nn.Module):
             stages.append(Conv1d(width, depth, KERNEL, stride, act))
             width, length = depth, -(-length // stride)
         self.stages = nn.Sequential(*stages)
-        self.out = Dense(width * length, units, act)
+        self.out = MLP(width * length, units, max(1, layers), act)
 
     def forward(self, value: Float[Tensor, "..."]) -> Float[Tensor, "*b units"]:
         lead = value.shape[: value.ndim - self.axes]
         x = value.reshape(-1, *value.shape[value.ndim - self.axes :])
         if self.front is not None:
             x = self.front(x).transpose(-2, -1).flatten(1, 2)  # [n, channels * bins, frames]
-        x = self.stages(x.to(self.out.linear.weight.dtype))
+        x = self.stages(x.to(self.out[0].linear.weight.dtype))
         return self.out(x.flatten(1)).reshape(*lead, -1)
 
 
@@ -192,7 +199,9 @@ class AudioEncoder(nn.Module):
     """{key: [*b, ...]} -> [*b, out_size]: all features through one MLP, every other key through its convolutions.
 
     Args:
-        audio_units, audio_layers: of the MLP and the dense layers; those of vectors if not given.
+        audio_units, audio_layers: of the MLP, and of the dense layers after convolutions (at least one); those of
+            vectors if not given.
+        audio_form: auto, features, waveform or spectrogram, see `form`.
         audio_depth: channels of the convolutions.
         audio_front: what is made of a waveform, spectrogram or raw.
         audio_window, audio_hop: samples of a spectrogram's frame and between two of them.
@@ -206,6 +215,7 @@ class AudioEncoder(nn.Module):
         layers: int,
         audio_units: int | None = None,
         audio_layers: int | None = None,
+        audio_form: str = "auto",
         audio_depth: int = 64,
         audio_front: str = "spectrogram",
         audio_window: int = 400,
@@ -217,15 +227,17 @@ class AudioEncoder(nn.Module):
         super().__init__()
         units, layers = audio_units or units, layers if audio_layers is None else audio_layers
         self.symlog = symlog
-        self.features = [key for key, space in spaces.items() if form(space.shape) == "features"]
+        forms = {key: form(space.shape, audio_form) for key, space in spaces.items()}
+        self.features = [key for key in spaces if forms[key] == "features"]
         width = sum(spaces[key].shape[0] for key in self.features)
         self.mlp = MLP(width, units, layers, act) if self.features else None
         self.convs = nn.ModuleDict()
         for key, space in spaces.items():
             if key not in self.features:
-                raw = audio_front == "raw" and form(space.shape) == "waveform"
-                front = None if raw else Front(space.shape, audio_window, audio_hop)
-                self.convs[safe(key)] = Convolutions(front, space.shape, units, audio_depth, act)
+                waveform = forms[key] == "waveform"
+                raw = audio_front == "raw" and waveform
+                front = None if raw else Front(space.shape, waveform, audio_window, audio_hop)
+                self.convs[safe(key)] = Convolutions(front, space.shape, units, layers, audio_depth, act)
         self.keys = {key: safe(key) for key in spaces if key not in self.features}
         self.out_size = (self.mlp.out_size if self.features else 0) + units * len(self.keys)
 
@@ -258,6 +270,7 @@ class AudioDecoder(nn.Module):
         layers: int,
         audio_units: int | None = None,
         audio_layers: int | None = None,
+        audio_form: str = "auto",
         audio_depth: int = 64,
         audio_window: int = 400,
         audio_hop: int = 160,
@@ -270,14 +283,14 @@ class AudioDecoder(nn.Module):
         units, layers = audio_units or units, layers if audio_layers is None else audio_layers
         self.mlp = MLP(deter + stoch, units, layers, act)
         self.keys, self.rate = {key: safe(key) for key in spaces}, audio_rate
-        self.forms = {key: form(space.shape) for key, space in spaces.items()}
+        self.forms = {key: form(space.shape, audio_form) for key, space in spaces.items()}
         self.fronts, self.outs = nn.ModuleDict(), nn.ModuleDict()
         for key, name in self.keys.items():
             shape = spaces[key].shape
-            if form(shape) == "features":
+            if self.forms[key] == "features":
                 self.outs[name] = Linear(self.mlp.out_size, shape[0], outscale)
             else:
-                self.fronts[name] = Front(shape, audio_window, audio_hop)
+                self.fronts[name] = Front(shape, self.forms[key] == "waveform", audio_window, audio_hop)
                 self.outs[name] = Spectrogram(self.mlp.out_size, self.fronts[name].shape, audio_depth, outscale, act)
 
     def forward(self, deter: Float[Tensor, "*b deter"], stoch: Float[Tensor, "*b stoch"]) -> dict[str, SquaredError]:

@@ -6,6 +6,7 @@ decided in the environment's wrapper (`envs/text.py`).
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,16 +23,32 @@ from .vector import safe
 PAD = 0
 SPECIAL = 3  # ids before a tokenizer's own (`envs/text.py`): padding, unknown, end
 HEADS = 4
+LARGEST = 10_000_000  # ids of a vocabulary; above that, a bound was forgotten
 
 
 def recognises(space: gs.Space) -> bool:
-    """Boxes of integers with one axis: token ids up to the space's upper bound."""
-    return isinstance(space, gs.Box) and space.dtype.kind in "iu" and len(space.shape) == 1
+    """Boxes of integers with one axis and none below 0: token ids up to the space's upper bound."""
+    return (
+        isinstance(space, gs.Box)
+        and space.dtype.kind in "iu"
+        and len(space.shape) == 1
+        and bool((space.low >= 0).all())
+    )
+
+
+def tokenized(space: gs.Space) -> bool:
+    """What `envs/text.py` made of a text, however it is called."""
+    return hasattr(space, "tokenizer")
 
 
 def vocabulary(space: gs.Space) -> int:
     """Number of ids, padding included."""
-    return int(space.high.max()) + 1
+    size = int(space.high.max()) + 1
+    if size > LARGEST:
+        raise UserError(
+            f"A text has ids up to {size - 1:,}: let its space's upper bound be the vocabulary's largest id."
+        )
+    return size
 
 
 def show(
@@ -44,8 +61,13 @@ def show(
     for window in range(min(windows, len(truth))):
         for step in sorted({context - 1, truth.shape[1] - 1}):
             true, model = (decoder.words[key].text(ids[window, step]) for ids in (truth, predicted))
-            rows.append(f"| {step} | {true} | {model} |")
+            rows.append(f"| {step} | {_cell(true)} | {_cell(model)} |")
     return {"": ("text", "\n".join(rows))}
+
+
+def _cell(text: str) -> str:
+    """As a table of Markdown can hold it."""
+    return " ".join(text.replace("|", "\\|").split())
 
 
 class Words:
@@ -125,7 +147,7 @@ class Pretrained(nn.Module):
     first three are ours (`envs/text.py`).
     """
 
-    def __init__(self, path: str, vocabulary: int, width: int, act: str):
+    def __init__(self, path: str, vocabulary: int, length: int, width: int, act: str):
         super().__init__()
         try:
             from transformers import AutoModel
@@ -133,9 +155,11 @@ class Pretrained(nn.Module):
             raise UserError(
                 "encoder.text_pretrained needs transformers: pip install -r requirements/pretrained.txt"
             ) from error
+        if not Path(path).is_dir():
+            raise UserError(f"encoder.text_pretrained: {path} is not a folder; nothing is downloaded.")
         try:
-            self.model = AutoModel.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError) as error:
+            self.model = AutoModel.from_pretrained(path, local_files_only=True).float()
+        except Exception as error:  # the packages raise errors of their own
             reason = " ".join(str(error).split())
             raise UserError(f"encoder.text_pretrained: {path} holds no model that can be read: {reason}") from error
         known = self.model.get_input_embeddings().num_embeddings
@@ -145,6 +169,13 @@ class Pretrained(nn.Module):
                 f"{vocabulary - SPECIAL}: let text.tokenizer be its own tokenizer.json."
             )
         self.model.requires_grad_(False)
+        try:
+            self._read(torch.full((1, length), SPECIAL))
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"encoder.text_pretrained: {path} cannot encode {length} tokens (text.length) by itself: {reason}"
+            ) from error
         self.out = Dense(self.model.config.hidden_size, width, act)
 
     def train(self, mode: bool = True):
@@ -154,11 +185,13 @@ class Pretrained(nn.Module):
         return self
 
     def forward(self, ids: Int[Tensor, "n length"]) -> Float[Tensor, "n width"]:
+        return self.out(self._read(ids)) * (ids >= SPECIAL).any(1, keepdim=True)
+
+    @torch.no_grad()
+    def _read(self, ids: Int[Tensor, "n length"]) -> Float[Tensor, "n hidden"]:
         valid = ids >= SPECIAL
-        with torch.no_grad():
-            hidden = self.model(input_ids=(ids - SPECIAL).clamp(min=0), attention_mask=valid.long()).last_hidden_state
-            mean = (hidden * valid.unsqueeze(-1)).sum(1) / valid.sum(1, keepdim=True).clamp(min=1).to(hidden.dtype)
-        return self.out(mean) * valid.any(1, keepdim=True)
+        hidden = self.model(input_ids=(ids - SPECIAL).clamp(min=0), attention_mask=valid.long()).last_hidden_state
+        return (hidden * valid.unsqueeze(-1)).sum(1) / valid.sum(1, keepdim=True).clamp(min=1).to(hidden.dtype)
 
 
 def positions(length: int, like: Tensor) -> Float[Tensor, "length width"]:
@@ -193,12 +226,12 @@ class TextEncoder(nn.Module):
         units, layers = text_units or units, layers if text_layers is None else text_layers
         self.keys = {key: safe(key) for key in spaces}
 
-        def net(size: int) -> nn.Module:
+        def net(size: int, length: int) -> nn.Module:
             if text_pretrained:
-                return Pretrained(text_pretrained, size, units, act)
+                return Pretrained(text_pretrained, size, length, units, act)
             return Transformer(size, units, layers, act)
 
-        self.nets = nn.ModuleDict({safe(key): net(vocabulary(space)) for key, space in spaces.items()})
+        self.nets = nn.ModuleDict({safe(key): net(vocabulary(space), *space.shape) for key, space in spaces.items()})
         self.out_size = units * len(spaces)
 
     def forward(self, obs: dict[str, Tensor], present: dict[str, Tensor]) -> Float[Tensor, "*b out"]:

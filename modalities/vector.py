@@ -15,6 +15,8 @@ from layers import MLP, Linear
 
 from . import image
 
+TAKEN = frozenset(dir(nn.ModuleDict()))  # names that a module cannot have inside of a ModuleDict
+
 
 def recognises(space: gs.Space) -> bool:
     """Discrete spaces, and boxes of any shape that are not images."""
@@ -150,5 +152,7 @@ class VectorDecoder(nn.Module):
 
 
 def safe(key: str) -> str:
-    """Module names may not hold dots."""
-    return key.replace(".", "_dot_")
+    """A module's name, another one for every key: it may hold no dot, and its parent no attribute of that name."""
+    if "." in key or key in TAKEN or key.startswith("of_"):
+        return "of_" + key.replace("_", "__").replace(".", "_dot_")
+    return key

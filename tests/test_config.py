@@ -199,6 +199,7 @@ def test_a_saved_configuration_is_a_block(tmp_path):
         (["--configs", "--seed", "3"], ["--configs lacks the names of blocks"]),
         (["cpu", "--seed", "3"], ["'cpu' belongs to no key"]),
         (["--mode", "evaluate"], ["train or eval"]),
+        (["--encoder.audio_keys", "aud("], ["encoder.audio_keys aud(", "not a regular expression"]),
         (["--precision", "fp16"], ["auto, float32, bfloat16 or float16"]),
         (["--imag_gradient", "dynamic"], ["did you mean dynamics?"]),
         (["--grad_heads", "decoder,rewrd"], ["did you mean reward?"]),

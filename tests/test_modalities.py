@@ -13,10 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gymnasium import spaces as gs
+from torch import nn
 
 from distributions import Joint, Normal, OneHot, SquaredError
+from envs.text import Bytes, TokenSpace
 from errors import UserError
-from modalities import MODALITY_CONFIGS, active, audio, image, kinds_of, select, text, vector
+from modalities import MODALITY_CONFIGS, ModalityConfig, active, audio, image, kinds_of, select, text, vector
+from networks import MultiDecoder, MultiEncoder
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE = gs.Box(0, 255, (16, 16, 3), np.uint8)
@@ -348,7 +351,8 @@ def sounds(*lead: int) -> dict[str, torch.Tensor]:
 
 def test_forms_of_audio():
     shapes = {(64,): "features", (10, 9): "spectrogram", (2, 10, 9): "spectrogram", (100, 64): "spectrogram"}
-    shapes |= {(1, 400): "waveform", (4, 1600): "waveform", (4, 100): "waveform", (1, 64): "spectrogram"}
+    shapes |= {(1, 400): "waveform", (4, 1600): "waveform", (4, 100): "spectrogram", (1, 64): "waveform"}
+    shapes |= {(8, 201): "spectrogram", (8, 513): "spectrogram", (16, 257): "spectrogram"}
     assert {shape: audio.form(shape) for shape in shapes} == shapes
 
 
@@ -484,8 +488,9 @@ def test_keys_with_a_name_of_their_own_go_there():
 @pytest.mark.parametrize(
     "spaces, options, told",
     [
-        (AUDIO, {"mlp_keys": "aud.*"}, "two kinds.*mlp_keys.*audio_keys"),
-        ({"audio": IMAGE}, {}, "'audio' is uint8.*the kind audio cannot take.*encoder.audio_keys"),
+        (AUDIO, {"mlp_keys": "aud.*", "audio_keys": "audio"}, "two kinds.*encoder.mlp_keys.*encoder.audio_keys"),
+        ({"audio": IMAGE}, {"audio_keys": "audio"}, "'audio' is uint8.*the kind audio cannot take.*encoder.audio_keys"),
+        ({"audio": IMAGE}, {}, "the kind audio cannot take.*ModalityConfig.'audio', keys="),
         ({"mission": POSE}, {}, "'mission' is float32.*text cannot take"),
         (SPACES, {"audio_keys": "sound"}, "encoder.audio_keys is 'sound'.*pose"),
     ],
@@ -507,6 +512,96 @@ def test_active_kinds():
     chosen = select(heard, active(["vector"]), {"mlp_keys": ".*"}, "encoder")
     assert list(chosen["vector"]) == ["pose"], "what belongs to a kind that is not active goes to no other"
     assert list(select(heard | {"text": SPACES["image"]}, active(["vector"]), {}, "encoder")["vector"]) == ["pose"]
+
+
+def test_tokenized_text_is_text_under_any_key():
+    spaces = {"instruction": TokenSpace(Bytes(), 5), "ram": gs.Box(0, 9, (5,), np.int32)}
+    chosen = select(spaces, MODALITY_CONFIGS, {}, "encoder")
+    assert {kind: list(keys) for kind, keys in chosen.items()} == {"vector": ["ram"], "text": ["instruction"]}
+    chosen = select(spaces, MODALITY_CONFIGS, {"mlp_keys": "instr.*"}, "encoder")
+    assert list(chosen["vector"]) == ["instruction"], "a pattern that names it counts more"
+
+
+def test_form_of_audio_as_told():
+    assert audio.form((8, 513), "waveform") == "waveform" and audio.form((1, 64), "spectrogram") == "spectrogram"
+    with pytest.raises(UserError, match=r"audio_form is features.*\[8, 513\]"):
+        audio.form((8, 513), "features")
+    space = {"audio": gs.Box(-1, 1, (8, 513), np.float32)}
+    nets = [audio.AudioEncoder(space, units=8, layers=1, audio_form=told) for told in ("auto", "waveform")]
+    assert [net.convs["audio"].front.spectrogram is None for net in nets] == [True, False]
+    for net in nets:
+        assert net({"audio": torch.zeros(2, 8, 513)}, {}).shape == (2, 8)
+    decoder = audio.AudioDecoder(space, 4, 4, units=8, layers=1, audio_form="waveform")
+    assert decoder(torch.zeros(2, 4), torch.zeros(2, 4))["audio"].mode().shape == (2, 8, 1, 201)
+
+
+def test_units_and_layers_of_audio_are_its_own():
+    space = {"audio": gs.Box(-1, 1, (1, 800), np.float32)}
+    sizes = [
+        sum(p.numel() for p in audio.AudioEncoder(space, units=8, layers=2, **options).parameters())
+        for options in ({}, {"audio_layers": 2, "audio_units": 8}, {"audio_layers": 3}, {"audio_units": 16})
+    ]
+    assert sizes[0] == sizes[1] < sizes[2] < sizes[3]
+
+
+def test_a_kind_that_is_not_predicted():
+    kinds = {"vector": MODALITY_CONFIGS["vector"], "imu": ModalityConfig("imu", decoder_type=None)}
+    spaces = {"pose": POSE, "imu": POSE}
+    decoder = MultiDecoder(spaces, 4, 4, modalities=kinds, units=8, layers=1)
+    encoder = MultiEncoder(spaces, modalities=kinds, units=8, layers=1)
+    assert decoder.keys == ["pose"] and list(encoder.kinds) == [*kinds]
+    with pytest.raises(UserError, match="None of the active kinds .imu. is predicted"):
+        MultiDecoder({"imu": POSE}, 4, 4, modalities={"imu": kinds["imu"]}, units=8, layers=1)
+
+
+def test_a_kind_that_is_named_and_not_there():
+    with pytest.raises(UserError, match="modalities names audio.*pose"):
+        MultiEncoder({"pose": POSE}, modalities=["vector", "audio"], units=8, layers=1)
+
+
+@pytest.mark.parametrize("key", ["type", "keys", "a.b", "a_dot_b", "of_a", "training"])
+def test_any_key_can_be_called_so(key):
+    names = [vector.safe(name) for name in ("type", "keys", "a.b", "a_dot_b", "of_a", "training", "pose", "of_a_dot_b")]
+    assert len(set(names)) == len(names) and vector.safe("pose") == "pose"
+    decoder = MultiDecoder({key: POSE}, 4, 4, units=8, layers=1)
+    assert decoder({"deter": torch.zeros(2, 4), "stoch": torch.zeros(2, 4)})[key].mode().shape == (2, 3)
+
+
+def test_names_that_kinds_cannot_have():
+    for name in ("type", "a.b", "two words"):
+        with pytest.raises(UserError, match="cannot be called"):
+            ModalityConfig(name)
+
+
+def test_vocabularies_without_an_end_are_named():
+    with pytest.raises(UserError, match="ids up to 2,147,483,646"):
+        text.TextEncoder({"text": gs.Box(0, 2**31 - 2, (4,), np.int32)}, **READ)
+
+
+def test_what_is_shown():
+    """Of every kind: truth, model and error, or truth beside model; sound can be played."""
+    rng, steps = np.random.default_rng(0), 6
+    space = {"mission": TokenSpace(Bytes(), 6)}
+    decoder = text.TextDecoder(space, 4, 4, **READ)
+    ids = np.zeros((2, steps, 6), np.int64)
+    ids[:, :, :3] = [3 + ord("a"), 3 + ord("|"), 2]
+    (method, table) = text.show(decoder, "mission", ids, ids, 2)[""]
+    lines = table.splitlines()
+    assert method == "text" and lines[2] == "| 1 | a\\| | a\\| |" and len(lines) == 2 + 2 * 2
+
+    shown = vector.show(nn.Identity(), "pose", rng.normal(size=(2, steps, 3)), rng.normal(size=(2, steps, 3)), 2)
+    (method, picture) = shown[""]
+    assert method == "image" and picture.ndim == 3 and picture.shape[-1] == 3 and picture.std() > 0
+
+    space = {"audio": gs.Box(-1, 1, (1, 800), np.float32)}
+    decoder = audio.AudioDecoder(space, 4, 4, units=8, layers=1)
+    wave = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(steps * 800) / 16000).reshape(1, steps, 1, 800)
+    truth = decoder.target("audio", torch.tensor(wave, dtype=torch.float32)).numpy()
+    shown = audio.show(decoder, "audio", truth, np.zeros_like(truth), 2)
+    assert {key: kind for key, (kind, _) in shown.items()} == {"": "image", "/truth": "audio", "/model": "audio"}
+    sound, rate = shown["/truth"][1]
+    assert rate == 16000 and abs(np.fft.rfft(sound)).argmax() * rate / len(sound) == pytest.approx(1000, abs=20)
+    assert np.abs(shown["/model"][1][0]).max() < 1e-3 * np.abs(sound).max()
 
 
 # Documentation

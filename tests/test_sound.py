@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy.io import wavfile
 
 from envs import TaskError, make_env
 from envs import sound as module
@@ -221,9 +222,51 @@ def test_recordings(tmp_path):
     assert len(samples) == RATE and np.abs(samples).max() == pytest.approx(16000 / 32768, rel=1e-3)
     assert abs(np.fft.rfft(samples)).argmax() == 100
     assert SoundRoom("rectangle", signal=str(tmp_path)).reset()["audio"].any()
-    (tmp_path / "b.wav").write_bytes(b"RIFF")
-    with pytest.raises(TaskError, match="b.wav cannot be read"):
-        SoundRoom("rectangle", signal=str(tmp_path))
+    whole = (tmp_path / "a.wav").read_bytes()
+    for damaged in (b"RIFF", whole[:43], whole[:24] + bytes(4) + whole[28:], b""):  # the third has a rate of 0
+        (tmp_path / "b.wav").write_bytes(damaged)
+        with pytest.raises(TaskError, match="b.wav cannot be read"):
+            SoundRoom("rectangle", signal=str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32])
+def test_recordings_of_any_width(dtype, tmp_path):
+    wave_ = 0.5 * np.sin(2 * np.pi * 440 * np.arange(44100) / 44100)
+    info = None if dtype == np.float32 else np.iinfo(dtype)
+    values = wave_ if info is None else np.rint(wave_ * (info.max - info.min) / 2 + (info.max + info.min + 1) / 2)
+    wavfile.write(tmp_path / "A.WAV", 44100, values.astype(dtype))
+    samples = read_wav(tmp_path / "A.WAV")
+    assert len(samples) == RATE and abs(np.fft.rfft(samples)).argmax() == 440
+    assert np.abs(samples[100:-100]).max() == pytest.approx(0.5, rel=0.02)
+    assert SoundRoom("rectangle", signal=str(tmp_path)).reset()["audio"].any()
+
+
+def test_recordings_do_not_alias(tmp_path):
+    """What half of our rate cannot hold is silent, not another tone."""
+    wavfile.write(tmp_path / "a.wav", 44100, np.sin(2 * np.pi * 12000 * np.arange(44100) / 44100).astype(np.float32))
+    assert np.abs(read_wav(tmp_path / "a.wav")[200:-200]).max() < 0.02
+
+
+def test_success_and_contacts_are_told_at_every_step():
+    room = SoundRoom("rectangle", steps=300, speed=0.0, observe=["pose"], actions="headings")
+    step = room.reset()
+    assert step["log_success"] == step["log_contacts"] == 0
+    while not step["is_last"]:
+        step = room.step(room.oracle())
+        assert step["log_success"] == step["is_last"]
+    room.reset()
+    steps = [room.step(0) for _ in range(60)]  # to the east, and into the wall
+    assert [float(s["log_contacts"]) for s in steps[-2:]] == [float(steps[-3]["log_contacts"]) + n for n in (1, 2)]
+
+
+def test_a_room_in_two_parts_is_one_of_them():
+    """The pillar of a small room leaves no way past it: robot and sources are on the same side."""
+    for scale in (0.3, 0.25):
+        floor_ = Floor(*LAYOUTS["pillar"], scale)
+        rng = np.random.default_rng(0)
+        assert all(np.isfinite(floor_.distance(floor_.sample(rng), floor_.sample(rng))) for _ in range(50))
+    with pytest.raises(TaskError, match="no place to stand"):
+        Floor(*LAYOUTS["pillar"], 0.1)
 
 
 def test_as_a_task():

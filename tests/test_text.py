@@ -93,6 +93,23 @@ def test_what_is_no_text_is_named():
         env.reset()
 
 
+def test_cut_and_unknown_are_those_of_all_texts():
+    env = Says(["go to the ball", "go", "no"], WORDS)
+    env.obs_space["order"] = spaces.Text(64)
+    say = env.say
+    env.say = lambda: {"order": "go", **say()}
+    env = TokenizeText(env, length=3)
+    steps = [env.reset(), env.step(0), env.step(0)]
+    assert [step["log_text_cut"] for step in steps] == [1, 0, 0]
+    assert [step["log_text_unknown"] for step in steps] == [0, 0, 1]
+
+
+def test_same_words():
+    one, other = TokenSpace(Words(WORDS), 4), TokenSpace(Words(WORDS[::-1]), 4)
+    assert one.same_words(TokenSpace(Words(WORDS), 4)) and not one.same_words(other)
+    assert not one.same_words(TokenSpace(Bytes(), 4)) and not one.same_words(spaces.Box(0, 8, (4,), np.int32))
+
+
 def test_spaces_travel_to_other_processes():
     space = TokenizeText(Says(["go"], WORDS), length=4).obs_space["mission"]
     again = pickle.loads(pickle.dumps(space))
@@ -154,5 +171,5 @@ def test_a_pretrained_model_that_does_not_fit_is_named(bert, tmp_path):
     space = {"mission": spaces.Box(0, 200, (6,), np.int32)}
     with pytest.raises(UserError, match="knows 5 tokens.*198.*tokenizer.json"):
         TextEncoder(space, units=8, layers=1, text_pretrained=str(bert))
-    with pytest.raises(UserError, match="nowhere holds no model"):
+    with pytest.raises(UserError, match="nowhere is not a folder"):
         TextEncoder(space, units=8, layers=1, text_pretrained=str(tmp_path / "nowhere"))
