@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import errno
 import importlib.util
 import io
@@ -34,6 +35,7 @@ from dreamer import Dreamer, Trainer, cli, make_envs, play
 from envs import Env, register_env, transition
 from errors import UserError
 from exploration import Random
+from modalities import MODALITY_CONFIGS
 from models import total_loss
 from networks import features
 from parallel import EnvError
@@ -501,6 +503,21 @@ def test_nan_in_an_observation_is_found_when_it_is_stored(tmp_path):
     assert "observation 'vector' from stream 1 (environment 1), step 4 of the stream, episode 0: found nan" in text
 
 
+def test_nan_in_mode_eval_is_found_before_the_policy_acts_on_it(tmp_path):
+    register_env("toy", lambda config, mode, index: Toy(nan_at=4 if mode == "eval" else None))
+    succeed(*BARE, "--task", "toy", "--steps", 40, "--eval_every", 0, "--logdir", tmp_path)
+    text = fail("--mode", "eval", "--checkpoint", tmp_path / "latest.pt", "--parallel", "serial")
+    assert "observation 'vector' holds NaN or infinity" in text
+
+
+def test_recorded_texts_are_learned_from_without_their_environment(tmp_path):
+    flags = [*BARE, *"--*.mults 1 2 --image_size 16 16 --batch_length 4 --train_ratio 4 --text.length 3".split()]
+    succeed(*flags, "--task", "cue_text", "--steps", 60, "--eval_every", 0, "--logdir", tmp_path / "played")
+    played = ["--task", "none", "--steps", 20, "--offline_traindir", tmp_path / "played" / "train_eps"]
+    succeed(*flags, *played, "--log_every", 10, "--logdir", tmp_path / "run")
+    assert any("world/nats_text" in row for row in metrics(tmp_path / "run"))
+
+
 def test_nan_that_the_policy_has_seen_is_still_the_observation_s(tmp_path):
     """Its action is NaN as well; the message names the cause."""
     register_env("toy", lambda config, mode, index: Toy(length=60, nan_at=50))
@@ -679,6 +696,24 @@ def make_agent(*flags, act_space=CONTINUOUS) -> Dreamer:
     torch.manual_seed(0)
     flags = ["--configs", "debug", "--*.mults", 2, 4, "--opt.warmup", 2, *flags]
     return Dreamer(SPACES, act_space, configuration.load([str(flag) for flag in flags]))
+
+
+def test_how_much_a_kind_counts():
+    agent = make_agent("--modality_scales.image", 0.5)
+    assert {k: v for k, v in agent.loss_scales.items() if "rec" in k} == {"rec": 1.0, "rec/image": 0.5}
+    kinds = MODALITY_CONFIGS | {"image": dataclasses.replace(MODALITY_CONFIGS["image"], loss_scale=0.1)}
+    config = configuration.load(["--configs", "debug", "--*.mults", "2", "4"])
+    assert Dreamer(SPACES, CONTINUOUS, config, modalities=kinds).loss_scales["rec/image"] == 0.1
+    assert "rec/image" not in make_agent().loss_scales
+
+
+def test_kinds_that_a_program_selects():
+    config = configuration.load(["--configs", "debug", "--*.mults", "2", "4"])
+    active_modalities = {"image": MODALITY_CONFIGS["image"]}
+    agent = Dreamer(SPACES, CONTINUOUS, config, modalities=active_modalities)
+    assert list(agent.world_model.encoder.kinds) == agent.world_model.decoder.keys == ["image"]
+    with pytest.raises(UserError, match="match no observation"):
+        Dreamer(SPACES, CONTINUOUS, config, modalities={})
 
 
 def random_batch(agent: Dreamer, batch=3, time=5, seed=0) -> dict:

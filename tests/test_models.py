@@ -284,6 +284,36 @@ def test_absent_observations_are_not_scored():
     assert (losses["rec/image"] > 0).all()
 
 
+def test_nats_are_those_of_steps_that_have_the_observation():
+    world = make_world(MIXED)
+    batch, noise = make_batch(world), make_noise(world)["post"]
+    whole = world.loss(batch, noise)[2]
+    batch["present/pose"] = torch.zeros(B, T, dtype=torch.bool)
+    batch["present/pose"][:, 2] = True
+    losses, _, metrics = world.loss(batch, noise)
+    found = losses["rec/pose"][:, 2].mean() + losses["rec/lives"].mean()
+    torch.testing.assert_close(metrics["world/nats_vector"], found)
+    torch.testing.assert_close(metrics["world/recon_pose"], losses["rec/pose"].mean())
+    torch.testing.assert_close(whole["world/nats_image"], whole["world/recon_image"])
+
+
+def test_a_kind_that_is_dropped_is_absent_to_the_encoder_and_predicted_nonetheless():
+    world = make_world(MIXED, modality_dropout=0.3)
+    batch, noise = make_batch(world), make_noise(world)["post"]
+    kinds = list(world.encoder.kinds)
+    drop = torch.full((B, len(kinds)), 0.31)
+    drop[1, kinds.index("image")] = 0.29  # of the second window alone
+    losses, dropped, _ = world.loss(batch, noise, drop)
+    _, whole, _ = world.loss(batch, noise)
+    absent = torch.ones(B, T, dtype=torch.bool)
+    absent[1] = False
+    _, flagged, _ = world.loss(batch | {"present/image": absent}, noise)
+    torch.testing.assert_close(dropped["logit"], flagged["logit"])
+    torch.testing.assert_close(dropped["logit"][::2], whole["logit"][::2])
+    assert not torch.allclose(dropped["logit"][1], whole["logit"][1])
+    assert (losses["rec/image"] > 0).all()
+
+
 # World model: targets and KL (trap 5)
 
 
