@@ -56,6 +56,7 @@ CHOICES = {
     "sound.audio": ("waveform", "features"),
     "sound.view": ("top", "first"),
     "sound.actions": ("continuous", "headings"),
+    "babyai.observe": ("image", "grid"),  # of each entry
     "babyai.actions": ("all", "moves"),
     "cue.absent": ("image", "audio", "text", "vector"),  # of each entry
     "*.act": ("silu", "gelu", "relu", "elu", "tanh"),

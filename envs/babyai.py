@@ -1,6 +1,6 @@
 """BabyAI (Chevalier-Boisvert et al. 2019) and other tasks of minigrid, by the end of their ids: `babyai_GoToLocal-v0`.
 
-The agent sees what lies before it, as an image, and reads its mission. `babyai_GoToLocal-v0/blank` blanks the mission,
+The agent sees what lies before it, as an image or as a grid, and reads its mission. `babyai_GoToLocal-v0/blank` blanks the mission,
 to tell what reading it is worth.
 """
 
@@ -16,20 +16,23 @@ VOCABULARY = (
     "red green blue purple yellow grey object near , use fetch get traverse rooms goal square matching color end "
     "avoid lava find opening must reach from room unlock at hallway"
 ).split()
+OBSERVABLE = ("image", "grid")
+KINDS = (11, 6, 3)  # of objects, colours and states
 MOVES = 3  # the first actions: turn left, turn right, go forward
 TILE = 16  # pixels of a tile, before the image is resized
 
 
 def load(config, mode: str, name: str, seed: int) -> Env:
-    """config: babyai.{view, actions}."""
-    view, actions = config.babyai["view"], config.babyai["actions"]
+    """config: babyai.{observe, view, actions}."""
+    observe, view, actions = (config.babyai[key] for key in ("observe", "view", "actions"))
+    if not observe or not set(observe) <= set(OBSERVABLE):
+        raise TaskError(f"babyai.observe is {list(observe)}, expected some of {', '.join(OBSERVABLE)}.")
     if view < 3 or view % 2 == 0:
         raise TaskError(f"babyai.view is {view}, expected an odd number of tiles, at least 3.")
     try:
         import gymnasium
         import minigrid  # registers its environments
         from minigrid.envs.babyai.core import roomgrid_level
-        from minigrid.wrappers import RGBImgPartialObsWrapper
     except ModuleNotFoundError as error:
         raise TaskError("minigrid is not installed: pip install -r requirements/babyai.txt") from error
     gymnasium.register_envs(minigrid)
@@ -44,21 +47,26 @@ def load(config, mode: str, name: str, seed: int) -> Env:
         close = difflib.get_close_matches(name, short, n=1)
         raise TaskError(f"babyai_{name}: unknown{f'; did you mean babyai_{close[0]}?' if close else ''}")
     env = gymnasium.make(found, render_mode="rgb_array", disable_env_checker=True)
-    env.unwrapped.agent_view_size = view
-    return BabyAI(RGBImgPartialObsWrapper(env, tile_size=TILE), seed, blank=bool(blank), moves=actions == "moves")
+    return BabyAI(env, seed, observe, view, actions == "moves", bool(blank))
 
 
 class BabyAI(Env):
-    """Observes `image`, uint8 [H, W, 3], and `mission`, text. `log_success`: 1 at the step that ends it well."""
+    """Observes `mission`, text, and some of `OBSERVABLE`: `image`, uint8 [H, W, 3], and `grid`, the same view without
+    pixels [view, view, 20]: one-hots of each tile's object, colour and state (open, closed, locked).
+
+    `log_success`: 1 at the step that ends it well.
+    """
 
     vocabulary = VOCABULARY
 
-    def __init__(self, env, seed: int, blank: bool = False, moves: bool = False):
+    def __init__(self, env, seed: int, observe=("image",), view: int = 7, moves: bool = False, blank: bool = False):
         self._env, self._seed, self._blank = env, seed, blank
-        side = (
-            TILE * env.unwrapped.agent_view_size
-        )  # not what the wrapper's space says: that was made for the first view
-        self.obs_space = {"image": spaces.Box(0, 255, (side, side, 3), np.uint8), "mission": spaces.Text(256)}
+        env.unwrapped.agent_view_size = view
+        every = {
+            "image": spaces.Box(0, 255, (TILE * view, TILE * view, 3), np.uint8),
+            "grid": spaces.Box(0, 1, (view, view, sum(KINDS)), np.float32),
+        }
+        self.obs_space = {key: every[key] for key in observe} | {"mission": spaces.Text(256)}
         self.act_space = spaces.Discrete(MOVES if moves else int(env.action_space.n))
 
     def reset(self):
@@ -78,4 +86,11 @@ class BabyAI(Env):
         self._env.close()
 
     def _observe(self, obs):
-        return {"image": obs["image"], "mission": "" if self._blank else str(obs["mission"])}
+        out = {"mission": "" if self._blank else str(obs["mission"])}
+        if "image" in self.obs_space:
+            out["image"] = self._env.unwrapped.get_frame(tile_size=TILE, agent_pov=True)
+        if "grid" in self.obs_space:
+            out["grid"] = np.concatenate(
+                [np.eye(n, dtype=np.float32)[obs["image"][..., i]] for i, n in enumerate(KINDS)], -1
+            )
+        return out

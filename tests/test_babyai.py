@@ -10,9 +10,10 @@ from envs import TaskError, make_env
 pytest.importorskip("minigrid", reason="needs requirements/babyai.txt")
 
 
-def make(task: str, seed: int = 0, view: int = 7, actions: str = "all"):
+def make(task: str, seed: int = 0, **options):
+    options = {"observe": ["image"], "view": 7, "actions": "all"} | options
     config = SimpleNamespace(task=task, seed=seed, action_repeat=1, time_limit=0, image_size=[64, 64], audio_dim=0)
-    return make_env(SimpleNamespace(**vars(config), text={"length": 16}, babyai={"view": view, "actions": actions}))
+    return make_env(SimpleNamespace(**vars(config), text={"length": 16}, babyai=options))
 
 
 def test_missions_are_read_and_views_seen():
@@ -59,6 +60,21 @@ def test_a_smaller_view_and_moves_alone():
     assert not np.array_equal(wide, near)
     with pytest.raises(TaskError, match="babyai.view is 4"):
         make("babyai_GoToLocal-v0", view=4)
+
+
+def test_the_grid_is_what_the_image_shows():
+    env = make("babyai_GoToLocal-v0", observe=["image", "grid"], view=5)
+    step = env.reset()
+    grid = step["grid"].reshape(5, 5, 20)
+    assert (grid[..., :11].sum(-1) == 1).all() and (grid[..., 11:17].sum(-1) == 1).all()
+    from minigrid.core.constants import IDX_TO_OBJECT
+
+    objects = [IDX_TO_OBJECT[n] for n in grid[..., :11].argmax(-1).ravel()]
+    assert set(objects) <= {"unseen", "empty", "wall", "key", "ball", "box"} and "empty" in objects
+    alone = make("babyai_GoToLocal-v0", observe=["grid"], view=5)
+    assert set(alone.obs_space) == {"grid", "mission"} and np.array_equal(alone.reset()["grid"], step["grid"])
+    with pytest.raises(TaskError, match="babyai.observe is"):
+        make("babyai_GoToLocal-v0", observe=["smell"])
 
 
 def test_unknown_levels():
