@@ -79,6 +79,7 @@ class Dreamer(nn.Module):
         self.world_model = WorldModel(
             obs_space, self.action_size, modalities=kinds, **shared, **{k: config[k] for k in sections}
         )
+        self.observed = {key: space for own in self.world_model.encoder.kinds.values() for key, space in own.items()}
         sections = ("actor", "critic", "retnorm", "imag_horizon", "imag_last", "imag_gradient", "imag_gradient_mix")
         self.behavior = ImagBehavior(
             self.world_model.rssm.feat_size,
@@ -147,7 +148,8 @@ class Dreamer(nn.Module):
         State and previous action are reset where `is_first`. Actions are sampled, or the mode; latents are always
         sampled. What the encoder reads and `obs` lacks is absent.
         """
-        obs = self._absent(len(obs["is_first"]), lacking=obs) | obs
+        if self.observed.keys() - obs.keys():
+            obs = self._absent(len(obs["is_first"]), lacking=obs) | obs
         tensors = {k: self._tensor(v) for k, v in obs.items() if not k.startswith("log_")}
         generator = generator or self.policy_generator
         noise = {"post": self._latent_noise(len(obs["is_first"]), generator=generator)}
@@ -157,8 +159,7 @@ class Dreamer(nn.Module):
 
     def _absent(self, num: int, lacking: dict) -> dict[str, np.ndarray]:
         """Observations [E, ...] that `lacking` does not hold, flagged as absent."""
-        spaces = {key: space for kind in self.world_model.encoder.kinds.values() for key, space in kind.items()}
-        lost = {key: space for key, space in spaces.items() if key not in lacking}
+        lost = {key: space for key, space in self.observed.items() if key not in lacking}
         flags = {f"present/{key}": np.zeros(num, bool) for key in lost}
         return flags | {key: np.zeros((num, *space.shape), space.dtype) for key, space in lost.items()}
 
@@ -824,7 +825,8 @@ def evaluate_checkpoint(config: Config, modalities: Mapping[str, ModalityConfig]
         raise UserError(f"{path} was trained on recorded episodes alone: --task NAME says where to play.")
     envs = make_envs(config, "eval", min(config.eval_envs, config.episodes))
     try:
-        changed = any(config.flat()[key] != trained.flat().get(key) for key in config.given() if key not in own)
+        before, now = trained.flat(), config.given()
+        changed = any(now[key] != before.get(key) for key in now if key not in (*own, "logdir"))
         space = _observed_in_training(trained, envs) if changed else envs.obs_space
         agent = Dreamer(space, envs.act_space, config, device, modalities)
         agent.restore(state, weights_only=True)

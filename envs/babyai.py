@@ -1,7 +1,7 @@
 """BabyAI (Chevalier-Boisvert et al. 2019) and other tasks of minigrid, by the end of their ids: `babyai_GoToLocal-v0`.
 
-The agent sees what lies before it, as an image or as a grid, and reads its mission. `babyai_GoToLocal-v0/blank` blanks the mission,
-to tell what reading it is worth.
+The agent sees what lies before it, as an image or as a grid, and reads its mission. `babyai_GoToLocal-v0/blank` blanks
+the mission, to tell what reading it is worth.
 """
 
 import difflib
