@@ -187,7 +187,8 @@ def select(
     for name, kind in kinds.items():
         if not chosen[name] and patterns[name] not in (*ANYTHING, *NOTHING, kind.default_keys):
             raise UserError(
-                f"{_option(kind, options, where)} is '{patterns[name]}', which matches no observation of kind {name}. "
+                f"{_option(kind, options, where)} is '{patterns[name]}', which matches none of the {name} "
+                "observations. "
                 f"The environment gives: {listed or 'nothing'}"
             )
     chosen = {name: taken for name, taken in chosen.items() if taken}

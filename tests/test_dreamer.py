@@ -305,7 +305,7 @@ def test_cartpole_with_processes_and_proprio(tmp_path):
     logdir = tmp_path / "gym_CartPole-v1"
     names = set().union(*metrics(logdir))
     assert {"episode/return", "eval/return", "world/recon_loss", "world/recon_vector"} <= names
-    assert len(list((logdir / "eval_eps").glob("*.npz"))) == 1
+    assert len(list((logdir / "eval_eps").glob("*.npz"))) == 2  # of eval_episode_num
 
 
 def test_proprio_run(tmp_path):
@@ -1224,13 +1224,14 @@ def test_what_the_environment_logs_is_logged(tmp_path):
     with contextlib.closing(make_trainer(tmp_path, *flags.split(), "--envs", 2)) as trainer:
         trainer.run()
     rows = metrics(tmp_path)
-    for name, values in {
-        "episode/count": {7, 8, 9},
-        "episode/success": {1},
-        "eval/count": {8},
-        "eval/success": {1},
-    }.items():
-        assert values >= {row[name] for row in rows if name in row} != set(), name
+    for name, low, high in (
+        ("episode/count", 7, 9),
+        ("episode/success", 1, 1),
+        ("eval/count", 8, 8),
+        ("eval/success", 1, 1),
+    ):
+        values = [row[name] for row in rows if name in row]
+        assert values and all(low <= value <= high for value in values), name
 
 
 @pytest.mark.parametrize("sample", [False, True])
