@@ -17,7 +17,8 @@ VOCABULARY = (
     "avoid lava find opening must reach from room unlock at hallway"
 ).split()
 OBSERVABLE = ("image", "grid")
-KINDS = (11, 6, 3)  # of objects, colours and states
+KINDS = (11, 6, 4)  # of objects, colours and states (of a door: open, closed, locked; of the agent: where it looks)
+AGENT = 10  # among objects
 MOVES = 3  # the first actions: turn left, turn right, go forward
 TILE = 16  # pixels of a tile, before the image is resized
 
@@ -27,8 +28,10 @@ def load(config, mode: str, name: str, seed: int) -> Env:
     observe, view, actions = (config.babyai[key] for key in ("observe", "view", "actions"))
     if not observe or not set(observe) <= set(OBSERVABLE):
         raise TaskError(f"babyai.observe is {list(observe)}, expected some of {', '.join(OBSERVABLE)}.")
-    if view < 3 or view % 2 == 0:
-        raise TaskError(f"babyai.view is {view}, expected an odd number of tiles, at least 3.")
+    if view and (view < 3 or view % 2 == 0):
+        raise TaskError(
+            f"babyai.view is {view}, expected an odd number of tiles, at least 3, or 0 for the whole level."
+        )
     try:
         import gymnasium
         import minigrid  # registers its environments
@@ -52,7 +55,8 @@ def load(config, mode: str, name: str, seed: int) -> Env:
 
 class BabyAI(Env):
     """Observes `mission`, text, and some of `OBSERVABLE`: `image`, uint8 [H, W, 3], and `grid`, the same view without
-    pixels [view, view, 20]: one-hots of each tile's object, colour and state (open, closed, locked).
+    pixels [view, view, 21]: one-hots of each tile's object, colour and state. With a `view` of 0 both are of the whole
+    level from above, the agent in it.
 
     `log_success`: 1 at the step that ends it well.
     """
@@ -61,10 +65,12 @@ class BabyAI(Env):
 
     def __init__(self, env, seed: int, observe=("image",), view: int = 7, moves: bool = False, blank: bool = False):
         self._env, self._seed, self._blank = env, seed, blank
-        env.unwrapped.agent_view_size = view
+        core = env.unwrapped
+        core.agent_view_size, self._whole = view or core.agent_view_size, not view
+        rows, columns = (view, view) if view else (core.height, core.width)
         every = {
-            "image": spaces.Box(0, 255, (TILE * view, TILE * view, 3), np.uint8),
-            "grid": spaces.Box(0, 1, (view, view, sum(KINDS)), np.float32),
+            "image": spaces.Box(0, 255, (TILE * rows, TILE * columns, 3), np.uint8),
+            "grid": spaces.Box(0, 1, (columns, rows, sum(KINDS)), np.float32),
         }
         self.obs_space = {key: every[key] for key in observe} | {"mission": spaces.Text(256)}
         self.act_space = spaces.Discrete(MOVES if moves else int(env.action_space.n))
@@ -86,11 +92,13 @@ class BabyAI(Env):
         self._env.close()
 
     def _observe(self, obs):
-        out = {"mission": "" if self._blank else str(obs["mission"])}
+        out, core = {"mission": "" if self._blank else str(obs["mission"])}, self._env.unwrapped
         if "image" in self.obs_space:
-            out["image"] = self._env.unwrapped.get_frame(tile_size=TILE, agent_pov=True)
+            out["image"] = core.get_frame(highlight=False, tile_size=TILE, agent_pov=not self._whole)
         if "grid" in self.obs_space:
-            out["grid"] = np.concatenate(
-                [np.eye(n, dtype=np.float32)[obs["image"][..., i]] for i, n in enumerate(KINDS)], -1
-            )
+            codes = obs["image"]
+            if self._whole:
+                codes = core.grid.encode()
+                codes[tuple(core.agent_pos)] = AGENT, 0, core.agent_dir
+            out["grid"] = np.concatenate([np.eye(n, dtype=np.float32)[codes[..., i]] for i, n in enumerate(KINDS)], -1)
         return out
