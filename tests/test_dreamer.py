@@ -1079,6 +1079,21 @@ def test_acting_sees_the_latest_weights():
     assert torch.equal(act(fresh), after)
 
 
+def test_what_an_observation_lacks_is_absent():
+    agent = make_agent()
+    vector = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+    obs = {"vector": vector, "room": np.ones(2, int), "is_first": np.ones(2, bool)}
+
+    def act(obs: dict) -> np.ndarray:
+        return agent.policy(obs, agent.initial(2), False, torch.Generator().manual_seed(0))[1]["latent"][
+            "stoch"
+        ].numpy()
+
+    there = obs | {"image": np.zeros((2, 16, 24, 3), np.uint8)}
+    absent = there | {"present/image": np.zeros(2, bool)}
+    assert np.array_equal(act(obs), act(absent)) and not np.array_equal(act(obs), act(there))
+
+
 def test_acting_sees_what_learning_sees():
     """Frames are scaled once in both: the same data and noise give the same posterior, through an episode's border."""
     agent, time, count = make_agent(), 6, 2
@@ -1214,7 +1229,8 @@ def test_what_the_environment_logs_is_logged(tmp_path):
     class Logging(Toy):
         def step(self, action):
             step = {**super().step(action), "log_count": np.float32(self.count), "log_place": np.zeros(2)}
-            return step | ({"log_success": np.float32(1)} if step["is_last"] else {})  # only then
+            step |= {"log_success": np.float32(1)} if step["is_last"] else {}  # only then
+            return step | ({"log_first": np.float32(1)} if self.length == 7 else {})  # only there
 
         def reset(self):
             return {**super().reset(), "log_count": np.float32(0)}
@@ -1229,6 +1245,7 @@ def test_what_the_environment_logs_is_logged(tmp_path):
         ("episode/success", 1, 1),
         ("eval/count", 8, 8),
         ("eval/success", 1, 1),
+        ("eval/first", 1, 1),
     ):
         values = [row[name] for row in rows if name in row]
         assert values and all(low <= value <= high for value in values), name

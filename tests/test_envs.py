@@ -453,7 +453,7 @@ def test_texts_of_gymnasium_become_ids():
 def test_an_id_outside_of_its_space_is_named(value, dtype):
     class Odd(Toy):
         def step(self, action):
-            return {"text": np.full(3, value, np.int64).astype(dtype)}, 0.0, False, False, {}
+            return {"text": np.array([1, value, 2], np.int64).astype(dtype)}, 0.0, False, False, {}
 
     low = -1 if value == 20 and dtype == np.int64 else 0
     env = make(lambda: Odd(spaces.Dict({"text": spaces.Box(low, 19, (3,), dtype)})))

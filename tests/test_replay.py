@@ -883,8 +883,8 @@ def test_infer_spaces(tmp_path):
         infer_spaces(folder)
     texts = tmp_path / "texts"
     texts.mkdir()
-    older_episode(texts, "a.npz", 3, text=np.array([[5, 2, 0]] * 3, np.int32))
-    older_episode(texts, "b.npz", 3, text=np.array([[3, 17, 2]] * 3, np.int32))
+    older_episode(texts, "a.npz", 3, text=np.array([[3, 17, 2]] * 3, np.int32))
+    older_episode(texts, "b.npz", 3, text=np.array([[5, 2, 0]] * 3, np.int32))
     assert infer_spaces(texts)[0]["text"] == spaces.Box(0, 17, (3,), np.int32), "a row for every id that was recorded"
     (tmp_path / "empty").mkdir()
     with pytest.raises(ReplayError, match="no file"):
