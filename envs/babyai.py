@@ -24,8 +24,8 @@ TILE = 16  # pixels of a tile, before the image is resized
 
 
 def load(config, mode: str, name: str, seed: int) -> Env:
-    """config: babyai.{observe, view, actions}."""
-    observe, view, actions = (config.babyai[key] for key in ("observe", "view", "actions"))
+    """config: babyai.{observe, view, actions, strict}."""
+    observe, view, actions, strict = (config.babyai[key] for key in ("observe", "view", "actions", "strict"))
     if not observe or not set(observe) <= set(OBSERVABLE):
         raise TaskError(f"babyai.observe is {list(observe)}, expected some of {', '.join(OBSERVABLE)}.")
     if view and (view < 3 or view % 2 == 0):
@@ -50,21 +50,24 @@ def load(config, mode: str, name: str, seed: int) -> Env:
         close = difflib.get_close_matches(name, short, n=1)
         raise TaskError(f"babyai_{name}: unknown{f'; did you mean babyai_{close[0]}?' if close else ''}")
     env = gymnasium.make(found, render_mode="rgb_array", disable_env_checker=True)
-    return BabyAI(env, seed, observe, view, actions == "moves", bool(blank))
+    if strict and "GoTo" not in name:
+        raise TaskError(f"babyai.strict is for levels whose mission is to go somewhere, not for babyai_{name}.")
+    return BabyAI(env, seed, observe, view, actions == "moves", bool(blank), strict)
 
 
 class BabyAI(Env):
     """Observes `mission`, text, and some of `OBSERVABLE`: `image`, uint8 [H, W, 3], and `grid`, the same view without
     pixels [view, view, 21]: one-hots of each tile's object, colour and state. With a `view` of 0 both are of the whole
-    level from above, the agent in it.
+    level from above, the agent in it. `strict` ends an episode, without reward, before the first object that is not the
+    one to go to: BabyAI itself lets one try them all.
 
     `log_success`: 1 at the step that ends it well.
     """
 
     vocabulary = VOCABULARY
 
-    def __init__(self, env, seed: int, observe=("image",), view: int = 7, moves: bool = False, blank: bool = False):
-        self._env, self._seed, self._blank = env, seed, blank
+    def __init__(self, env, seed, observe=("image",), view=7, moves=False, blank=False, strict=False):
+        self._env, self._seed, self._blank, self._strict = env, seed, blank, strict
         core = env.unwrapped
         core.agent_view_size, self._whole = view or core.agent_view_size, not view
         rows, columns = (view, view) if view else (core.height, core.width)
@@ -82,6 +85,8 @@ class BabyAI(Env):
 
     def step(self, action):
         obs, reward, terminated, truncated, _ = self._env.step(int(action))
+        if self._strict and not terminated:
+            terminated = self._before_an_object()
         obs = {**self._observe(obs), "log_success": np.float32(reward > 0)}
         return transition(obs, reward, last=terminated or truncated, terminal=terminated)
 
@@ -90,6 +95,10 @@ class BabyAI(Env):
 
     def close(self):
         self._env.close()
+
+    def _before_an_object(self):
+        ahead = self._env.unwrapped.grid.get(*self._env.unwrapped.front_pos)
+        return ahead is not None and ahead.type in ("key", "ball", "box")
 
     def _observe(self, obs):
         out, core = {"mission": "" if self._blank else str(obs["mission"])}, self._env.unwrapped

@@ -11,7 +11,7 @@ pytest.importorskip("minigrid", reason="needs requirements/babyai.txt")
 
 
 def make(task: str, seed: int = 0, **options):
-    options = {"observe": ["image"], "view": 7, "actions": "all"} | options
+    options = {"observe": ["image"], "view": 7, "actions": "all", "strict": False} | options
     config = SimpleNamespace(task=task, seed=seed, action_repeat=1, time_limit=0, image_size=[64, 64], audio_dim=0)
     return make_env(SimpleNamespace(**vars(config), text={"length": 16}, babyai=options))
 
@@ -96,6 +96,30 @@ def test_the_whole_level_from_above():
             break
     objects = step["grid"][..., 5:8].sum()  # keys, balls, boxes
     assert objects == 4 and step["image"].std() > 5
+
+
+def test_the_strict_end_before_another_object():
+    env, core = make("babyai_GoToLocalS5N2-v0", strict=True, actions="moves"), None
+    rng, ended = np.random.default_rng(0), {True: 0, False: 0}
+    for _ in range(60):
+        step = env.reset()
+        while not step["is_last"]:
+            step = env.step(int(rng.integers(3)))
+            core = env
+            while hasattr(core, "env"):
+                core = core.env
+            core = core._env.unwrapped
+            ahead = core.grid.get(*core.front_pos)
+            faces = ahead is not None and ahead.type in ("key", "ball", "box")
+            assert step["is_terminal"] == faces
+        if step["is_terminal"]:
+            wanted = core.instrs.desc
+            right = (ahead.type, ahead.color) == (wanted.type or ahead.type, wanted.color or ahead.color)
+            assert right == (step["reward"] > 0) == bool(step["log_success"])
+            ended[bool(right)] += 1
+    assert min(ended.values()) > 5
+    with pytest.raises(TaskError, match="babyai.strict is for"):
+        make("babyai_PickupLoc-v0", strict=True)
 
 
 def test_unknown_levels():
