@@ -773,7 +773,6 @@ def play(
     returns, lengths, entries = [], [], {}
     filming = film
     while (quota > 0).any() and not stop():
-        _check_finite(obs)
         action, state = agent.policy(obs, state, sample, generator)
         if on_step:
             on_step(obs, action)
@@ -797,7 +796,8 @@ def play(
     return returns, lengths, entries, np.stack(frames) if frames else None
 
 
-def _check_finite(obs: dict[str, np.ndarray]) -> None:
+def _check_finite(obs: dict[str, np.ndarray], action: np.ndarray) -> None:
+    """For steps that are not stored: the replay checks those that are."""
     for key, value in obs.items():
         if value.dtype.kind == "f" and not key.startswith("log_") and not np.isfinite(value).all():
             raise UserError(f"The observation '{key}' holds NaN or infinity: mend it in the environment.")
@@ -833,7 +833,14 @@ def evaluate_checkpoint(config: Config, modalities: Mapping[str, ModalityConfig]
         generator = torch.Generator(device).manual_seed(config.seed)
         with tools.Shutdown() as shutdown:
             returns, lengths, _, video = play(
-                agent, envs, config.episodes, config.eval_sample, generator, film=True, stop=lambda: shutdown.requested
+                agent,
+                envs,
+                config.episodes,
+                config.eval_sample,
+                generator,
+                film=True,
+                on_step=_check_finite,
+                stop=lambda: shutdown.requested,
             )
     finally:
         envs.close()

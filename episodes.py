@@ -105,7 +105,8 @@ def infer_spaces(directory: Path | str) -> tuple[dict, object]:
 
     if not Path(directory).is_dir():
         raise ReplayError(f"{directory} is not a directory; give offline_traindir a folder of .npz episodes.")
-    found, first, widths, highest, discrete, chosen, bounds = None, None, set(), 0, True, False, {}
+    found, first, widths, highest, discrete, chosen = None, None, set(), 0, True, False
+    wide, bounds = set(), {}  # integers that may be ids, and the range of those that were recorded
     for path in sorted(Path(directory).glob("*.npz")):
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -116,27 +117,23 @@ def infer_spaces(directory: Path | str) -> tuple[dict, object]:
                     for key in file.files
                     if key not in RESERVED | {"logprob"} and not key.startswith(("present/", "log_"))
                 }
-                shapes = {key: file[key] for key in sorted(names)} if whole else None
-                integers = [k for k in names if (found or {}).get(k, (0, np.dtype(np.int32)))[1].kind in "iu"]
-                ranges = [(key, file[key]) for key in integers]
-                ranges = {
-                    k: (v.min(), v.max()) for k, v in ranges if v.dtype.kind in "iu" and v.itemsize > 1 and v.size
-                }
+                arrays = {key: file[key] for key in (sorted(names) if whole else wide & names)}
         except PermissionError:
             raise
         except Exception as error:  # a damaged archive can raise nearly anything
             log.warning("%s cannot be read (%s: %s): its spaces are not known.", path, type(error).__name__, error)
             continue
         if whole:
-            found, first = {key: (value.shape[1:], value.dtype) for key, value in shapes.items()}, path
+            found, first = {key: (value.shape[1:], value.dtype) for key, value in arrays.items()}, path
+            wide = {key for key, (_, dtype) in found.items() if dtype.kind in "iu" and dtype.itemsize > 1}
         elif names != set(found):
             raise ReplayError(
                 f"{path} and {first} hold different observations: {sorted(names)} and {sorted(found)}; "
                 "keep one kind of episode per directory."
             )
-        for key, (low, high) in ranges.items():
-            before = bounds.get(key, (0, 1))
-            bounds[key] = (min(before[0], int(low)), max(before[1], int(high)))
+        for key in wide:
+            low, high = bounds.get(key, (0, 1))
+            bounds[key] = min(low, int(arrays[key].min(initial=0))), max(high, int(arrays[key].max(initial=0)))
         flat = action.reshape(len(action), -1)
         widths.add(flat.shape[1])
         if flat.shape[1] == 1 and action.dtype.kind in "iu":

@@ -149,7 +149,7 @@ class TokenizeText(Wrapper):
                 step[key] = self._next(key, text, ids) if self._stream else self._whole(ids)
                 cut, unknown = cut or len(ids) > self._length, unknown + ids.count(UNKNOWN)
         logs = {"log_text_unknown": np.float32(unknown)} | ({} if self._stream else {"log_text_cut": np.float32(cut)})
-        return step | (logs if self._keys else {})
+        return step | logs
 
     def _whole(self, ids):
         out = np.full(self._length, PAD, np.int32)

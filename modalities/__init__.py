@@ -150,8 +150,8 @@ def select(
 ) -> dict[str, dict[str, Space]]:
     """Which observation keys belong to which kind: {kind: {key: space}}, keys sorted, empty kinds left out.
 
-    A kind takes the keys that its pattern names; '.*' takes those that no other kind names, active or not. Keys that no
-    active kind takes are not learned from.
+    A kind takes the keys that its pattern names, then those whose space it claims; '.*' takes those that no other kind
+    does, active or not. Keys that no active kind takes are not learned from.
 
     Args:
         kinds: the active ones.
@@ -188,8 +188,7 @@ def select(
         if not chosen[name] and patterns[name] not in (*ANYTHING, *NOTHING, kind.default_keys):
             raise UserError(
                 f"{_option(kind, options, where)} is '{patterns[name]}', which matches none of the {name} "
-                "observations. "
-                f"The environment gives: {listed or 'nothing'}"
+                f"observations. The environment gives: {listed or 'nothing'}"
             )
     chosen = {name: taken for name, taken in chosen.items() if taken}
     if not chosen:

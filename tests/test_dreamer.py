@@ -503,7 +503,7 @@ def test_nan_in_an_observation_is_found_when_it_is_stored(tmp_path):
     assert "observation 'vector' from stream 1 (environment 1), step 4 of the stream, episode 0: found nan" in text
 
 
-def test_nan_in_mode_eval_is_found_before_the_policy_acts_on_it(tmp_path):
+def test_nan_in_mode_eval_is_found(tmp_path):
     register_env("toy", lambda config, mode, index: Toy(nan_at=4 if mode == "eval" else None))
     succeed(*BARE, "--task", "toy", "--steps", 40, "--eval_every", 0, "--logdir", tmp_path)
     text = fail("--mode", "eval", "--checkpoint", tmp_path / "latest.pt", "--parallel", "serial")
