@@ -17,8 +17,7 @@ VOCABULARY = (
     "avoid lava find opening must reach from room unlock at hallway"
 ).split()
 OBSERVABLE = ("image", "grid")
-KINDS = (11, 6, 4)  # of objects, colours and states (of a door: open, closed, locked; of the agent: where it looks)
-AGENT = 10  # among objects
+KINDS = (11, 6, 3)  # of objects, colours and states (open, closed, locked)
 MOVES = 3  # the first actions: turn left, turn right, go forward
 TILE = 16  # pixels of a tile, before the image is resized
 
@@ -28,14 +27,13 @@ def load(config, mode: str, name: str, seed: int) -> Env:
     observe, view, actions, strict = (config.babyai[key] for key in ("observe", "view", "actions", "strict"))
     if not observe or not set(observe) <= set(OBSERVABLE):
         raise TaskError(f"babyai.observe is {list(observe)}, expected some of {', '.join(OBSERVABLE)}.")
-    if view and (view < 3 or view % 2 == 0):
-        raise TaskError(
-            f"babyai.view is {view}, expected an odd number of tiles, at least 3, or 0 for the whole level."
-        )
+    if view < 3 or view % 2 == 0:
+        raise TaskError(f"babyai.view is {view}, expected an odd number of tiles, at least 3.")
     try:
         import gymnasium
         import minigrid  # registers its environments
         from minigrid.envs.babyai.core import roomgrid_level
+        from minigrid.envs.babyai.core.verifier import GoToInstr
     except ModuleNotFoundError as error:
         raise TaskError("minigrid is not installed: pip install -r requirements/babyai.txt") from error
     gymnasium.register_envs(minigrid)
@@ -50,16 +48,18 @@ def load(config, mode: str, name: str, seed: int) -> Env:
         close = difflib.get_close_matches(name, short, n=1)
         raise TaskError(f"babyai_{name}: unknown{f'; did you mean babyai_{close[0]}?' if close else ''}")
     env = gymnasium.make(found, render_mode="rgb_array", disable_env_checker=True)
-    if strict and "GoTo" not in name:
-        raise TaskError(f"babyai.strict is for levels whose mission is to go somewhere, not for babyai_{name}.")
+    if strict:
+        env.reset(seed=seed)
+        goal = getattr(env.unwrapped, "instrs", None)
+        if not isinstance(goal, GoToInstr) or goal.desc.type == "door":
+            raise TaskError(f"babyai.strict is for levels whose mission is to go to one object, not for babyai_{name}.")
     return BabyAI(env, seed, observe, view, actions == "moves", bool(blank), strict)
 
 
 class BabyAI(Env):
     """Observes `mission`, text, and some of `OBSERVABLE`: `image`, uint8 [H, W, 3], and `grid`, the same view without
-    pixels [view, view, 21]: one-hots of each tile's object, colour and state. With a `view` of 0 both are of the whole
-    level from above, the agent in it. `strict` ends an episode, without reward, before the first object that is not the
-    one to go to: BabyAI itself lets one try them all.
+    pixels: each tile's object, colour and state, categories [view, view, 3]. `strict` ends an episode, without reward,
+    before the first object that is not the one to go to: BabyAI itself lets one try them all.
 
     `log_success`: 1 at the step that ends it well.
     """
@@ -68,12 +68,10 @@ class BabyAI(Env):
 
     def __init__(self, env, seed, observe=("image",), view=7, moves=False, blank=False, strict=False):
         self._env, self._seed, self._blank, self._strict = env, seed, blank, strict
-        core = env.unwrapped
-        core.agent_view_size, self._whole = view or core.agent_view_size, not view
-        rows, columns = (view, view) if view else (core.height, core.width)
+        env.unwrapped.agent_view_size = view
         every = {
-            "image": spaces.Box(0, 255, (TILE * rows, TILE * columns, 3), np.uint8),
-            "grid": spaces.Box(0, 1, (columns, rows, sum(KINDS)), np.float32),
+            "image": spaces.Box(0, 255, (TILE * view, TILE * view, 3), np.uint8),
+            "grid": spaces.MultiDiscrete(np.broadcast_to(KINDS, (view, view, 3))),
         }
         self.obs_space = {key: every[key] for key in observe} | {"mission": spaces.Text(256)}
         self.act_space = spaces.Discrete(MOVES if moves else int(env.action_space.n))
@@ -101,13 +99,9 @@ class BabyAI(Env):
         return ahead is not None and ahead.type in ("key", "ball", "box")
 
     def _observe(self, obs):
-        out, core = {"mission": "" if self._blank else str(obs["mission"])}, self._env.unwrapped
+        out = {"mission": "" if self._blank else str(obs["mission"])}
         if "image" in self.obs_space:
-            out["image"] = core.get_frame(highlight=False, tile_size=TILE, agent_pov=not self._whole)
+            out["image"] = self._env.unwrapped.get_frame(tile_size=TILE, agent_pov=True)
         if "grid" in self.obs_space:
-            codes = obs["image"]
-            if self._whole:
-                codes = core.grid.encode()
-                codes[tuple(core.agent_pos)] = AGENT, 0, core.agent_dir
-            out["grid"] = np.concatenate([np.eye(n, dtype=np.float32)[codes[..., i]] for i, n in enumerate(KINDS)], -1)
+            out["grid"] = obs["image"].astype(np.int64)
         return out
