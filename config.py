@@ -39,7 +39,10 @@ CHOICES = {
     "parallel": ("process", "thread", "serial"),
     "replay_device": ("cpu", "cuda"),
     "log_level": ("debug", "info", "warning", "error"),
-    "expl_behavior": ("greedy", "random"),
+    "disag_target": ("stoch", "embed", "deter", "feat"),
+    "icm.target": ("stoch", "embed", "deter", "feat"),
+    "rnd.target": ("stoch", "embed", "deter", "feat"),
+    "empowerment.form": ("state", "action"),
     "imag_gradient": ("reinforce", "dynamics", "both"),
     "grad_heads": ("decoder", "reward", "cont", "critic"),  # of each entry
     "dyn.cell": ("block_gru", "gru"),
@@ -91,6 +94,8 @@ RANGES = {
     "sound.sources": ">= 1",
     "sound.distractors": ">= 0",
     "sound.speed": ">= 0",
+    "grid.size": ">= 2",
+    "grid.steps": ">= 1",
     "babyai.view": ">= 3",
     "cue.delay": ">= 0",
     "cue.samples": ">= 1",
@@ -108,6 +113,15 @@ RANGES = {
     "log_every": ">= 1",
     "save_every": ">= 1",
     "expl_until": ">= 0",
+    "expl_*_scale": ">= 0",
+    "disag_models": ">= 2",  # of one there is no deviation
+    "*.features": ">= 1",
+    "icm.beta": ">= 0, <= 1",
+    "icm.eta": "> 0",
+    "empowerment.steps": ">= 1",
+    "empowerment.starts": ">= 1",
+    "empowerment.beta": "> 0",
+    "diayn.skills": ">= 2",
     "imag_horizon": ">= 1",
     "imag_gradient_mix": ">= 0, <= 1",
     "horizon": "> 1",
@@ -169,6 +183,8 @@ NULLABLE = {
     },
     "opt.actor_lr": float,
     "opt.critic_lr": float,
+    "opt.intrinsic_lr": float,
+    "disag_units": int,
 }
 
 # Keys that may differ between a run and its continuation: they change neither what is learned nor what is stored.

@@ -32,7 +32,7 @@ from config import Config, check_resume, resolve_paths
 from envs import make_env
 from episodes import infer_spaces
 from errors import UserError
-from exploration import Random
+from exploration import Random, make_explorer, task_rewards
 from feed import Feed
 from logger import disk_errors
 from modalities import ModalityConfig, vector
@@ -81,15 +81,15 @@ class Dreamer(nn.Module):
         )
         self.observed = {key: space for own in self.world_model.encoder.kinds.values() for key, space in own.items()}
         sections = ("actor", "critic", "retnorm", "imag_horizon", "imag_last", "imag_gradient", "imag_gradient_mix")
-        self.behavior = ImagBehavior(
-            self.world_model.rssm.feat_size,
-            self.action_size,
-            self.classes,
-            discount_lambda=config.discount_lambda,
-            reward_EMA=config.reward_EMA,
-            **shared,
-            **{k: config[k] for k in sections},
-        )
+        sections += ("discount_lambda", "reward_EMA")
+        sizes = (self.world_model.rssm.feat_size, self.action_size, self.classes)
+        options = shared | {key: config[key] for key in sections}
+
+        def behave(kind: type[ImagBehavior] = ImagBehavior, **streams) -> ImagBehavior:
+            return kind(*sizes, **options, **streams)
+
+        self.behavior = behave(rewards=task_rewards(self.world_model, self.action_size, self.classes, config))
+        self.explorer = make_explorer(behave, self.world_model, self.action_size, self.classes, config)
         self.loss_scales = self._loss_scales(config.loss_scales, config.modality_scales)
         self.layout = None  # the recurrence's weights as acting reads them; None: they have changed since
         self.to(self.device)
@@ -101,16 +101,29 @@ class Dreamer(nn.Module):
         execution.prepare(self, config.compile, config.graph)
 
     def _optimizer(
-        self, lr: float, actor_lr: float | None, critic_lr: float | None, max_bad: int, **options
+        self,
+        lr: float,
+        actor_lr: float | None,
+        critic_lr: float | None,
+        intrinsic_lr: float | None,
+        max_bad: int,
+        **options,
     ) -> Optimizer:
         def of(prefix: str, module: nn.Module) -> list:
             return [(f"{prefix}.{name}", p) for name, p in module.named_parameters() if p.requires_grad]
 
-        critics = [p for name, s in self.behavior.streams.items() for p in of(f"streams.{name}.critic", s.critic)]
+        world, actors, critics, rewards = of("world_model", self.world_model), [], [], []
+        for prefix, behavior in self.behaviors.items():
+            actors += of(f"{prefix}actor", behavior.actor)
+            for name, stream in behavior.streams.items():
+                critics += of(f"{prefix}streams.{name}.critic", stream.critic)
+            for name, reward in behavior.intrinsic.items():
+                rewards += of(f"{prefix}streams.{name}.reward", reward)
         groups = {
-            "world": (of("world_model", self.world_model), lr),
-            "actor": (of("actor", self.behavior.actor), actor_lr or lr),
+            "world": (world, lr),
+            "actor": (actors, actor_lr or lr),
             "critic": (critics, critic_lr or lr),
+            "intrinsic": (rewards, intrinsic_lr or lr),
         }
         return Optimizer(groups, **options)
 
@@ -123,7 +136,14 @@ class Dreamer(nn.Module):
                 scales |= {f"rec/{key}": scales["rec"] * scale for key in keys}
         if all(f"rec/{key}" in scales for key in decoder.keys):
             del scales["rec"]
+        if not any(behavior.intrinsic for behavior in self.behaviors.values()):
+            del scales["intrinsic"]
         return scales
+
+    @property
+    def behaviors(self) -> dict[str, ImagBehavior]:
+        """The task's behaviour, and the explorer, if there is one, by what stands before the names of their parts."""
+        return {"": self.behavior} | ({"explorer.": self.explorer} if self.explorer else {})
 
     # Acting
 
@@ -132,7 +152,7 @@ class Dreamer(nn.Module):
         return {
             "latent": self.world_model.rssm.initial(num),
             "action": torch.zeros(num, self.action_size, device=self.device),
-            "carry": self.behavior.initial(num),
+            "carry": {name: behavior.initial(num) for name, behavior in self.behaviors.items()},
         }
 
     @torch.inference_mode()
@@ -142,19 +162,21 @@ class Dreamer(nn.Module):
         state: dict,
         sample: bool = True,
         generator: torch.Generator | None = None,
+        explore: bool = False,
     ) -> tuple[np.ndarray, dict]:
         """Action [E, action] for a batch of observations [E, ...] and the state that it leads to.
 
         State and previous action are reset where `is_first`. Actions are sampled, or the mode; latents are always
-        sampled. What the encoder reads and `obs` lacks is absent.
+        sampled. What the encoder reads and `obs` lacks is absent. With `explore` the explorer acts, if there is one.
         """
         if self.observed.keys() - obs.keys():
             obs = self._absent(len(obs["is_first"]), lacking=obs) | obs
         tensors = {k: self._tensor(v) for k, v in obs.items() if not k.startswith("log_")}
-        generator = generator or self.policy_generator
-        noise = {"post": self._latent_noise(len(obs["is_first"]), generator=generator)}
-        noise["action"] = self._action_noise(len(obs["is_first"]), generator=generator) if sample else None
-        state = self._act(tensors, state, noise, self._lay_out())
+        draw, num = self._draw(generator or self.policy_generator), len(obs["is_first"])
+        explore = explore and self.explorer is not None
+        behavior, act = (self.explorer, self._act_exploring) if explore else (self.behavior, self._act)
+        noise = {"post": draw.latent(num), "action": draw.action(num, extra=behavior.extra) if sample else None}
+        state = act(tensors, state, noise, self._lay_out())
         return state["action"].cpu().numpy(), state
 
     def _absent(self, num: int, lacking: dict) -> dict[str, np.ndarray]:
@@ -180,13 +202,21 @@ class Dreamer(nn.Module):
         All other weights are read where they are: acting is queued behind the update before it and ahead of the next,
         so that they are never half updated, and no copy of them is needed.
         """
+        return self._act_as("", obs, state, noise, layout)
+
+    def _act_exploring(self, obs: dict, state: dict, noise: dict, layout: tuple[dict, dict] | None) -> dict:
+        """As `_act`, but the explorer decides."""
+        return self._act_as("explorer.", obs, state, noise, layout)
+
+    def _act_as(self, name: str, obs: dict, state: dict, noise: dict, layout: tuple[dict, dict] | None) -> dict:
         rssm, is_first = self.world_model.rssm, obs["is_first"]
         with self.autocast():
             tokens = self.world_model.encoder(obs)
             latent = rssm.obs_step(state["latent"], state["action"], tokens, is_first, noise["post"], layout)
-            action, carry = self.behavior.policy(features(latent), state["carry"], is_first, noise["action"])
+            behavior, carry = self.behaviors[name], state["carry"]
+            action, carried = behavior.policy(features(latent), carry[name], is_first, noise["action"])
         latent = {key: latent[key] for key in ("deter", "stoch")}
-        return {"latent": latent, "action": action.float(), "carry": carry}
+        return {"latent": latent, "action": action.float(), "carry": carry | {name: carried}}
 
     def latents(self, state: dict) -> tuple[np.ndarray, np.ndarray]:
         """The latents of a policy state as the replay keeps them: deter [E, deter], stoch [E, stoch]."""
@@ -209,7 +239,8 @@ class Dreamer(nn.Module):
         losses, post, metrics = self.losses(batch, noise)
         loss = total_loss(losses, self.loss_scales)
         optimized = self.optimizer.step(loss)
-        self.behavior.after_step()
+        for behavior in self.behaviors.values():
+            behavior.after_step()
         metrics |= {"world/loss": loss.detach()} | {f"opt/{k}": v for k, v in optimized.items()}
         return metrics, self.world_model.pack(post)
 
@@ -219,22 +250,29 @@ class Dreamer(nn.Module):
         with self.autocast():
             losses, post, metrics = self.world_model.loss(batch, noise["post"], noise.get("drop"))
             more, more_metrics = self.behavior.loss(self.world_model, post, batch, noise)
+            if self.explorer:
+                # The task alone shapes the world model, so the explorer's replayed states have no gradient.
+                still = {key: value.detach() for key, value in post.items()}
+                own, own_metrics = self.explorer.loss(self.world_model, still, batch, noise["explorer"])
+                more |= {aside(key): value for key, value in own.items()}
+                more_metrics |= {key.replace("policy/", "explorer/"): value for key, value in own_metrics.items()}
         return losses | more, post, metrics | more_metrics
 
-    def draw_noise(self, batch: int, time: int) -> dict[str, Tensor]:
-        """Every random number of one update: `post` [B, T, ...], `prior` [H, N, ...], `action` [H+1, N, action], and
-        with `modality_dropout` also `drop` [B, kinds].
+    def draw_noise(self, batch: int, time: int) -> dict:
+        """Every random number of one update: `post` [B, T, ...], `prior` [H, N, ...], `action` [H+1, N, action], what
+        intrinsic rewards ask for, with `modality_dropout` also `drop` [B, kinds], and with an explorer its own.
         """
-        horizon, starts = self.behavior.imag_horizon, batch * self.behavior.starts(time)
-        noise = {
-            "post": self._latent_noise(batch, time),
-            "prior": self._latent_noise(horizon, starts),
-            "action": self._action_noise(horizon + 1, starts),
-        }
+        draw = self._draw(self.generator)
+        noise = {"post": draw.latent(batch, time)} | self.behavior.draw_noise(batch, time, draw)
         if self.world_model.modality_dropout:
-            kinds = len(self.world_model.encoder.kinds)
-            noise["drop"] = torch.empty(batch, kinds, device=self.device).uniform_(generator=self.generator)
+            noise["drop"] = draw.uniform(batch, len(self.world_model.encoder.kinds))
+        if self.explorer:
+            noise["explorer"] = self.explorer.draw_noise(batch, time, draw)
         return noise
+
+    def _draw(self, generator: torch.Generator) -> "Draw":
+        rssm = self.world_model.rssm
+        return Draw(generator, rssm.noise_shape, bool(rssm.discrete), self.action_size, bool(self.classes))
 
     def to_device(self, batch: dict) -> dict:
         """Numpy arrays of a replayed batch to tensors on the device; frames stay uint8."""
@@ -257,20 +295,6 @@ class Dreamer(nn.Module):
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.as_tensor(array).to(self.device, non_blocking=True)
 
-    def _latent_noise(self, *lead: int, generator: torch.Generator | None = None) -> Tensor:
-        rssm = self.world_model.rssm
-        return self._noise((*lead, *rssm.noise_shape), bool(rssm.discrete), generator or self.generator)
-
-    def _action_noise(self, *lead: int, generator: torch.Generator | None = None) -> Tensor:
-        return self._noise((*lead, self.action_size), bool(self.classes), generator or self.generator)
-
-    def _noise(self, shape: tuple[int, ...], gumbel: bool, generator: torch.Generator) -> Tensor:
-        noise = torch.empty(shape, device=self.device)
-        if not gumbel:
-            return noise.normal_(generator=generator)
-        tiny = torch.finfo(noise.dtype).tiny  # a uniform draw may be 0
-        return noise.uniform_(generator=generator).clamp_(min=tiny).log_().neg_().log_().neg_()
-
     # Keeping
 
     def checkpoint(self) -> dict:
@@ -278,6 +302,7 @@ class Dreamer(nn.Module):
         return {
             "world_model": self.world_model.state_dict(),
             "behavior": self.behavior.state_dict(),
+            **({"explorer": self.explorer.state_dict()} if self.explorer else {}),
             "optimizer": self.optimizer.state_dict(),
             "generators": {"update": self.generator.get_state(), "policy": self.policy_generator.get_state()},
         }
@@ -289,6 +314,8 @@ class Dreamer(nn.Module):
         try:
             self.world_model.load_state_dict(state["world_model"])
             self.behavior.load_state_dict(state["behavior"])
+            if self.explorer and (not weights_only or "explorer" in state):
+                self.explorer.load_state_dict(state["explorer"])
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise UserError(f"The checkpoint's networks differ from the configured ones: {reason}") from error
@@ -301,6 +328,43 @@ class Dreamer(nn.Module):
                     generator.set_state(state["generators"][key].cpu())
                 except RuntimeError:
                     log.warning("The checkpoint's random state is of another kind of device: drawing from a new one.")
+
+
+def aside(loss: str) -> str:
+    """The name of a loss of the explorer beside that of the task: policy to policy/explorer."""
+    head, *rest = loss.split("/")
+    return loss if head == "intrinsic" else "/".join((head, "explorer", *rest))
+
+
+class Draw:
+    """Draws random numbers of the kinds that an agent needs, each of given leading sizes.
+
+    Args:
+        latent, action: sizes of what one latent state and one action are drawn with; each Gumbel or normal noise.
+    """
+
+    def __init__(
+        self, generator: torch.Generator, latent: tuple[int, ...], latent_gumbel: bool, action: int, action_gumbel: bool
+    ):
+        self.generator, self._latent, self._action = generator, latent, action
+        self._gumbel = {"latent": latent_gumbel, "action": action_gumbel}
+
+    def latent(self, *lead: int) -> Tensor:
+        return self._noise((*lead, *self._latent), self._gumbel["latent"])
+
+    def action(self, *lead: int, extra: int = 0) -> Tensor:
+        """`extra` numbers of the same noise join each action's."""
+        return self._noise((*lead, self._action + extra), self._gumbel["action"])
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.empty(shape, device=self.generator.device).uniform_(generator=self.generator)
+
+    def _noise(self, shape: tuple[int, ...], gumbel: bool) -> Tensor:
+        if not gumbel:
+            return torch.empty(shape, device=self.generator.device).normal_(generator=self.generator)
+        noise = self.uniform(*shape)
+        tiny = torch.finfo(noise.dtype).tiny  # a uniform draw may be 0
+        return noise.clamp_(min=tiny).log_().neg_().log_().neg_()
 
 
 class Trainer:
@@ -436,8 +500,11 @@ class Trainer:
         log.info(f"Training {config.task} on {self.device} from {source}: observes {sees}; acts {acts}")
         modules = {"encoder": agent.world_model.encoder, "rssm": agent.world_model.rssm}
         modules |= {"decoder": agent.world_model.decoder, "reward": agent.world_model.reward}
-        modules |= {"cont": agent.world_model.cont, "actor": agent.behavior.actor}
-        modules |= {f"critic ({name})": stream.critic for name, stream in agent.behavior.streams.items()}
+        modules |= {"cont": agent.world_model.cont}
+        for prefix, behavior in agent.behaviors.items():
+            modules |= {f"{prefix}actor": behavior.actor}
+            modules |= {f"{prefix}critic ({name})": stream.critic for name, stream in behavior.streams.items()}
+            modules |= {f"{prefix}reward ({name})": reward for name, reward in behavior.intrinsic.items()}
         log.info("Parameters:\n" + tools.parameter_table(modules))
         steps = self.replay.stats()["entries"] if self.offline else config.dataset_size
         steps = min(steps, max(1, math.ceil(config.steps / config.action_repeat))) if not self.offline else steps
@@ -529,18 +596,14 @@ class Trainer:
 
     def _act(self, obs: dict, state: dict) -> tuple[np.ndarray, dict, tuple | None]:
         """Actions [E, A], the policy's state, and its latents; random actions have none, as the policy did not look."""
-        if not self._explores():
-            action, state = self.agent.policy(obs, state)
-            return action, state, self.agent.latents(state)
-        action = self.random.policy(self.envs.num)
-        state = self.agent.initial(self.envs.num) | {"action": torch.as_tensor(action, device=self.device)}
-        return action, state, None
-
-    def _explores(self) -> bool:
-        config = self.config
-        if self.train_start is None or self.replay.steps < config.prefill:
-            return True
-        return config.expl_behavior == "random" and not 0 < config.expl_until <= self.frames
+        explores = not 0 < self.config.expl_until <= self.frames
+        prefills = self.train_start is None or self.replay.steps < self.config.prefill
+        if prefills or (explores and self.config.expl_behavior == "random"):
+            action = self.random.policy(self.envs.num)
+            state = self.agent.initial(self.envs.num) | {"action": torch.as_tensor(action, device=self.device)}
+            return action, state, None
+        action, state = self.agent.policy(obs, state, explore=explores)
+        return action, state, self.agent.latents(state)
 
     def _store(self, replay: Replay, obs: dict, action: np.ndarray, latents: tuple | None) -> None:
         replay.add_all(obs | {"action": action}, latents)

@@ -22,14 +22,18 @@ def prepare(agent, compile: bool = False, graph: bool = False) -> None:
     Raises UserError for a graph without CUDA.
     """
     if compile:
-        world_model, behavior = agent.world_model, agent.behavior
+        world_model = agent.world_model
         # Each alone: the loops over time stay loops, as unrolled they would take minutes to compile.
         imagined = "img_step"
         if agent.device.type == "cpu":
             imagined = "_expect"  # a compiled loop over few classes is slow there: latents are drawn outside
             world_model.rssm.stride = 4  # calls cost more than the longer compilation
-        parts = [(world_model.rssm, "_obs_steps"), (world_model.rssm, imagined), (behavior, "_act_and_score")]
-        for owner, name in [*parts, (world_model, "score"), (behavior, "learn"), (agent, "_act")]:
+        parts = [(world_model.rssm, "_obs_steps"), (world_model.rssm, imagined), (world_model, "score")]
+        parts += [(agent, "_act")] + ([(agent, "_act_exploring")] if agent.explorer else [])
+        for behavior in agent.behaviors.values():
+            parts += [(behavior, "_act_and_score"), (behavior, "learn")]
+            parts += [(reward, "loss") for reward in behavior.intrinsic.values()]
+        for owner, name in parts:
             setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
     if graph:
         if agent.device.type != "cuda":
@@ -37,6 +41,7 @@ def prepare(agent, compile: bool = False, graph: bool = False) -> None:
         agent._lay_out = lambda: None  # inside of the graph, next to free, instead of copied to it at every act
         # What acting returns is carried on by its caller, while others act too; an update's results are read at once.
         agent._update, agent._act = Captured(agent._update), Captured(agent._act, copies=True)
+        agent._act_exploring = Captured(agent._act_exploring, copies=True)
 
 
 class Captured:

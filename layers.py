@@ -4,6 +4,7 @@ Convolutions run on channels-last memory: a frame comes in as [height, width, ch
 flattening yields (height, width, channels), all without a copy.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -177,6 +178,29 @@ class MLP(nn.Sequential):
     def __init__(self, inputs: int, units: int, layers: int, act: str = "silu"):
         super().__init__(*(Dense(inputs if i == 0 else units, units, act) for i in range(layers)))
         self.out_size = units if layers else inputs
+
+
+class Ensemble(nn.Module):
+    """`count` MLPs with a linear output, initialised each for itself and evaluated side by side."""
+
+    def __init__(self, inputs: int, outputs: int, *, count: int, units: int, layers: int, act: str = "silu"):
+        super().__init__()
+        widths = [inputs] + [units] * layers + [outputs]
+        self.count, self.act = count, ACTIVATIONS[act]
+        self.weights = nn.ParameterList(torch.empty(count, a, b) for a, b in itertools.pairwise(widths))
+        self.biases = nn.ParameterList(torch.zeros(count, 1, b) for b in widths[1:])
+        self.scales = nn.ParameterList(torch.ones(count, 1, units) for _ in range(layers))
+        for member in (member for weight in self.weights for member in weight):
+            init_weight(member, len(member))
+
+    def forward(self, x: Float[Tensor, "*b inputs"]) -> Float[Tensor, "count *b outputs"]:
+        lead, layers = x.shape[:-1], len(self.scales)
+        x = x.reshape(1, -1, x.shape[-1]).expand(self.count, -1, -1)
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, x, weight)
+            if layer < layers:
+                x = rms_norm(x, self.scales[layer], act=self.act)
+        return x.unflatten(1, lead)
 
 
 class Conv(nn.Module):

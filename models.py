@@ -20,7 +20,7 @@ from distributions import mixed_loss, one_hot
 from errors import UserError
 from layers import Actor, BinaryHead, ScalarHead
 from modalities import ModalityConfig
-from networks import RSSM, MultiDecoder, MultiEncoder, State, features
+from networks import RSSM, MultiDecoder, MultiEncoder, State, Tokens, features
 from returns import ReturnNormalizer, SlowTarget, lambda_return
 
 Losses = dict[str, Tensor]
@@ -79,7 +79,8 @@ class WorldModel(nn.Module):
     def loss(
         self, batch: dict, noise: Float[Tensor, "b t ..."], drop: Float[Tensor, "b kinds"] | None = None
     ) -> tuple[Losses, State, Metrics]:
-        """Losses [B, T] (`rec/<key>`, `rew`, `con`, `dyn`, `rep`), posterior states [B, T, ...] with gradient, metrics.
+        """Losses [B, T] (`rec/<key>`, `rew`, `con`, `dyn`, `rep`), posterior states [B, T, ...] with gradient (and
+        `embed`, what was seen, without), metrics.
 
         Args:
             batch: {key: [B, T, ...]} of observations, `action`, `reward`, `is_first`, `is_terminal`, and `context`:
@@ -87,9 +88,11 @@ class WorldModel(nn.Module):
             noise: what the posterior is drawn with.
             drop: uniform draws that decide which kinds are hidden (see `modality_dropout`).
         """
-        post, prior = self.observe(batch, noise, drop)
+        tokens = self.encode(batch, drop)
+        post, prior = self.observe(batch, noise, tokens)
         losses, metrics = self.score(post, prior, batch)
-        return losses, post, metrics
+        embeds = [embed.detach() for embed, _ in tokens.values()]
+        return losses, post | {"embed": embeds[0] if len(embeds) == 1 else torch.cat(embeds, -1)}, metrics
 
     def score(self, post: State, prior: State, batch: dict) -> tuple[Losses, Metrics]:
         """The losses of states that are known already, for all steps at once (see `loss`)."""
@@ -107,22 +110,27 @@ class WorldModel(nn.Module):
         losses["dyn"], losses["rep"] = dyn.clamp(min=self.kl_free), rep.clamp(min=self.kl_free)
         return losses, self._metrics(losses, present, post, prior, dyn)
 
-    def observe(
-        self, batch: dict, noise: Tensor | None = None, drop: Float[Tensor, "b kinds"] | None = None
-    ) -> tuple[State, State]:
-        """Posterior and prior states [B, T, ...] of a replayed batch, from its stored context."""
+    def encode(self, batch: dict, drop: Float[Tensor, "b kinds"] | None = None) -> Tokens:
+        """Embeddings of a replayed batch, and where they are there (see `loss`)."""
+        tokens = self.encoder(batch)
+        if drop is None:
+            return tokens
+        kept = (drop >= self.modality_dropout).unbind(-1)
+        return {
+            kind: (embed, present & keep[:, None])
+            for (kind, (embed, present)), keep in zip(tokens.items(), kept, strict=True)
+        }
+
+    def observe(self, batch: dict, noise: Tensor | None = None, tokens: Tokens | None = None) -> tuple[State, State]:
+        """Posterior and prior states [B, T, ...] of a replayed batch, from its stored context. `tokens`: its
+        embeddings, if they are known.
+        """
         context = batch["context"]
         # A window whose context has no stored latent starts like an episode does: zero state, zero previous action.
         is_first = torch.cat([batch["is_first"][:, :1] | ~context["valid"][:, None], batch["is_first"][:, 1:]], 1)
         prev_action = torch.cat([context["action"][:, None], batch["action"][:, :-1]], 1)
-        state, tokens = self.unpack(context["deter"], context["stoch"]), self.encoder(batch)
-        if drop is not None:
-            kept = (drop >= self.modality_dropout).unbind(-1)
-            tokens = {
-                kind: (embed, present & keep[:, None])
-                for (kind, (embed, present)), keep in zip(tokens.items(), kept, strict=True)
-            }
-        return self.rssm.observe(tokens, prev_action, is_first, state, noise)
+        state = self.unpack(context["deter"], context["stoch"])
+        return self.rssm.observe(tokens or self.encode(batch), prev_action, is_first, state, noise)
 
     def unpack(self, deter: Tensor, stoch: Tensor) -> State:
         """Latents as stored (half precision, class indices) to a state."""
@@ -202,11 +210,36 @@ class WorldModel(nn.Module):
 MultimodalWorldModel = WorldModel  # one class, whatever the number of kinds
 
 
+class Intrinsic(nn.Module):
+    """An intrinsic reward: what it learns from replayed posteriors, and what it pays for imagined transitions.
+
+    Nothing that it learns reaches the world model. `exploration.py` has those that come with the project.
+    """
+
+    def noise(self, batch: int, time: int, draw) -> dict[str, Tensor]:
+        """The random numbers of one `loss`; `draw` has `latent`, `action` and `uniform`, each of leading sizes."""
+        return {}
+
+    def loss(self, world_model: WorldModel, post: State, batch: dict, noise: dict) -> tuple[Tensor, Metrics] | None:
+        """What is minimised on the replay, [B, ...], and metrics (`intrinsic/<name>`); None for nothing. `post`
+        [B, T, ...] has no gradient, and an entry `embed`, what the encoder saw.
+        """
+        return None
+
+    def imagined_loss(self, world_model: WorldModel, traj: dict[str, Tensor]) -> tuple[Tensor, Metrics] | None:
+        """The same on imagined trajectories, [N, H]."""
+        return None
+
+    def forward(self, world_model: WorldModel, traj: dict[str, Tensor]) -> Float[Tensor, "n h"]:
+        """Rewards, entry t for the transition (s_t, a_t, s_{t+1}) of a trajectory of `WorldModel.imagine`."""
+        raise NotImplementedError
+
+
 class Stream(nn.Module):
     """One stream of rewards with its own critic, slow critic and return normaliser.
 
     Args:
-        reward: (world_model, trajectory) -> [N, H], entry t for the transition (s_t, a_t, s_{t+1}).
+        reward: (world_model, trajectory) -> [N, H], entry t for the transition (s_t, a_t, s_{t+1}); or an `Intrinsic`.
         scale: weight of this stream's advantage.
         discount: per agent step.
         critic: options of the value head; `slow_*` options say how the slow critic is used and moves.
@@ -231,7 +264,9 @@ class Stream(nn.Module):
         self.reward, self.scale, self.discount = reward, scale, discount
         self.critic = ScalarHead(feat_size, **critic)
         self.slow_critic = SlowTarget(self.critic, fraction, every)
-        self.retnorm = ReturnNormalizer(**retnorm) if retnorm else None
+        # The floor that leaves small task returns small would silence intrinsic ones.
+        floor = {"limit": 1e-8, "debias": True} if isinstance(reward, Intrinsic) else {}
+        self.retnorm = ReturnNormalizer(**{**retnorm, **floor}) if retnorm else None
 
     def value_loss(self, feat: Tensor, dist, target: Float[Tensor, "b t"]) -> Float[Tensor, "b t+1"]:
         """Critic loss against the returns of all but the last state, and the slow critic. The last entry is void."""
@@ -263,6 +298,8 @@ class ImagBehavior(nn.Module):
         imag_gradient_mix: share of dynamics in both.
         horizon, contdisc: the discount is 1 - 1/horizon, inside the continue head's prediction if `contdisc`.
         reward_EMA: scale advantages by the moving range of returns.
+        rewards: {stream: (its reward, see `Stream`, and the weight of its advantage)}; none for the task's alone.
+        extra: numbers that actor and critics are given beyond the state (see `see`); as many join an action's noise.
     """
 
     def __init__(
@@ -282,11 +319,15 @@ class ImagBehavior(nn.Module):
         contdisc: bool = True,
         discount_lambda: float = 0.95,
         reward_EMA: bool = True,
+        rewards: Mapping[str, tuple[Callable, float]] | None = None,
+        extra: int = 0,
     ):
         super().__init__()
+        self.extra = extra
         actor = dict(actor)
         self.entropy_scale = actor.pop("entropy")
-        self.actor = Actor(feat_size, action_size, classes, **actor)
+        self.action_size = action_size
+        self.actor = Actor(feat_size + self.extra, action_size, classes, **actor)
         self.discount, self.contdisc, self.lam = 1 - 1 / horizon, contdisc, discount_lambda
         if imag_last == 1:
             raise UserError(
@@ -294,18 +335,30 @@ class ImagBehavior(nn.Module):
             )
         self.imag_horizon, self.imag_last = imag_horizon, imag_last
         self.dynamics_share = {"reinforce": 0.0, "dynamics": 1.0, "both": imag_gradient_mix}[imag_gradient]
+        options = {"discount": self.discount, "critic": critic, "retnorm": retnorm if reward_EMA else None}
         self.streams = nn.ModuleDict(
             {
-                "extrinsic": Stream(
-                    extrinsic_reward,
-                    feat_size,
-                    scale=1.0,
-                    discount=self.discount,
-                    critic=critic,
-                    retnorm=retnorm if reward_EMA else None,
-                )
+                name: Stream(reward, feat_size + self.extra, scale=scale, **options)
+                for name, (reward, scale) in (rewards or {"extrinsic": (extrinsic_reward, 1.0)}).items()
             }
         )
+
+    @property
+    def intrinsic(self) -> dict[str, Intrinsic]:
+        """The intrinsic rewards of the streams."""
+        return {name: stream.reward for name, stream in self.streams.items() if isinstance(stream.reward, Intrinsic)}
+
+    def draw_noise(self, batch: int, time: int, draw) -> dict:
+        """The random numbers of one `loss`: `prior` [H, N, ...], `action` [H+1, N, action], and the intrinsic rewards'
+        own. `draw`: see `Intrinsic.noise`.
+        """
+        starts = batch * self.starts(time)
+        noise = {
+            "prior": draw.latent(self.imag_horizon, starts),
+            "action": draw.action(self.imag_horizon + 1, starts, extra=self.extra),
+        }
+        own = {name: reward.noise(batch, time, draw) for name, reward in self.intrinsic.items()}
+        return noise | {name: numbers for name, numbers in own.items() if numbers}
 
     def starts(self, time: int) -> int:
         """How many states of a window of `time` steps are imagined from."""
@@ -315,69 +368,84 @@ class ImagBehavior(nn.Module):
         """The flat policy carries nothing between steps."""
         return None
 
-    def policy(self, feat: Tensor, carry: None, is_first: Tensor, noise: Tensor | None) -> tuple[Tensor, None]:
-        """Action [*b, action] drawn with `noise` (the mode if None)."""
-        dist = self.actor(feat)
-        return (dist.mode() if noise is None else dist.sample(noise)), carry
+    def see(self, feat: Tensor, carry, is_first: Tensor, noise: Tensor | None) -> tuple[Tensor, object]:
+        """What actor and critics are given at a state, [*b, feat + extra], and what is carried on from there."""
+        return feat, carry
+
+    def policy(self, feat: Tensor, carry, is_first: Tensor, noise: Tensor | None) -> tuple[Tensor, object]:
+        """Action [*b, action] drawn with `noise` [*b, action + extra] (the mode if None)."""
+        seen, carry = self.see(feat, carry, is_first, noise)
+        dist = self.actor(seen)
+        return (dist.mode() if noise is None else dist.sample(noise[..., : self.action_size])), carry
 
     def loss(self, world_model: WorldModel, post: State, batch: dict, noise: dict) -> tuple[Losses, Metrics]:
-        """Losses `policy`, `value` [B, T] (means over the horizon) and `repval` [B, T-1]. T is `imag_last`, if set.
+        """Losses `policy`, `value` [B, T] (means over the horizon) and `repval` [B, T-1]; T is `imag_last`, if set. The
+        task's stream has these names, another one's value loss is `value/<stream>`, and what an intrinsic reward learns
+        by is `intrinsic/<stream>`.
 
         Args:
             post: posterior states [B, T, ...]: starts of imagination without gradient, the replay value loss with it.
             noise: as in `WorldModel.imagine`.
         """
+        losses, metrics = self._replayed(world_model, post, batch, noise) if self.intrinsic else ({}, {})
         starts = self.starts(batch["reward"].shape[1])
         post = {key: post[key][:, -starts:] for key in ("deter", "stoch")}
         batch = {key: batch[key][:, -starts:] for key in ("reward", "is_last", "is_terminal")}
         start = {key: value.detach().flatten(0, 1) for key, value in post.items()}
         backprop = self.dynamics_share > 0
         with frozen(world_model) if backprop else torch.no_grad():
-            scores = []
-            policy, carry = self._rollout_policy(scores), self.initial(len(start["deter"]))
+            seen, scores = [], []
+            policy, carry = self._rollout_policy(seen, scores), self.initial(len(start["deter"]))
             traj = world_model.imagine(start, policy, carry, self.imag_horizon, noise)
+            traj["seen"] = torch.stack(seen, 1) if self.extra else traj["feat"]
         log_prob, entropy = (torch.stack(steps[:-1], 1) for steps in zip(*scores, strict=True))
-        return self.learn(world_model, traj | {"log_prob": log_prob, "entropy": entropy}, post, batch)
+        more, found = self.learn(world_model, traj | {"log_prob": log_prob, "entropy": entropy}, post, batch)
+        return losses | more, metrics | found
 
     def learn(
         self, world_model: WorldModel, traj: dict[str, Tensor], post: State, batch: dict
     ) -> tuple[Losses, Metrics]:
         """The losses of a trajectory that was imagined already, for all steps at once (see `loss`).
 
-        `traj` is `WorldModel.imagine`'s, and `log_prob`, `entropy` [N, H] of its actions, with gradient to the actor.
+        `traj` is `WorldModel.imagine`'s, what actor and critics saw there, `seen`, and `log_prob`, `entropy` [N, H] of
+        its actions, with gradient to the actor.
         """
         shape, backprop = batch["reward"].shape, self.dynamics_share > 0
         with frozen(world_model) if backprop else torch.no_grad():
             cont = world_model.cont(traj["feat"]).prob
-        feat, entropy = traj["feat"].detach(), traj["entropy"]
+        seen, entropy = traj["seen"].detach(), traj["entropy"]
         weight = self._weight(cont).detach()[:, :-1]
 
         losses, metrics, advantage = {}, {}, 0.0
         for name, stream in self.streams.items():
-            dist = stream.critic(feat)
+            dist = stream.critic(seen)
             value = baseline = dist.mode().detach()
             with frozen(world_model, stream) if backprop else torch.no_grad():
                 if backprop or stream.slow_target:
-                    value = stream.target_value(traj["feat"])
+                    value = stream.target_value(traj["seen"])
                 reward = stream.reward(world_model, traj)
                 ret = lambda_return(reward, value, self._live(cont, stream.discount)[:, 1:], self.lam)
             if stream.retnorm:
                 stream.retnorm.update(ret)
             advantage = advantage + stream.scale * stream.normalized(ret - baseline[:, :-1])
             suffix = "" if name == "extrinsic" else f"/{name}"
-            value_loss = (weight * stream.value_loss(feat, dist, ret)[:, :-1]).mean(1)
+            value_loss = (weight * stream.value_loss(seen, dist, ret)[:, :-1]).mean(1)
             losses[f"value{suffix}"] = value_loss.unflatten(0, shape)
-            if stream.reward is extrinsic_reward:
+            metrics[f"policy/value_loss{suffix}"] = value_loss.detach().mean()
+            if stream.reward is extrinsic_reward and not self.extra:  # what was seen beyond the state is not replayed
                 boot = ret[:, 0].detach().unflatten(0, shape)
                 losses["repval"] = self._replay_value_loss(stream, world_model, post, batch, boot)
+                metrics["policy/repval_loss"] = losses["repval"].detach().mean()
             metrics |= self._stream_metrics(suffix, ret, baseline, reward)
 
+        for name, reward in self.intrinsic.items():
+            if (found := reward.imagined_loss(world_model, traj)) is not None:
+                losses[f"intrinsic/{name}"] = found[0]
+                metrics |= {f"intrinsic/{key}": value for key, value in found[1].items()}
         objective = self._objective(traj["log_prob"], advantage)
         losses["policy"] = -(weight * (objective + self.entropy_scale * entropy)).mean(1).unflatten(0, shape)
         metrics |= {
             "policy/policy_loss": losses["policy"].detach().mean(),
-            "policy/value_loss": losses["value"].detach().mean(),
-            "policy/repval_loss": losses["repval"].detach().mean(),
             "policy/entropy": entropy.detach().mean(),
             "policy/advantage": advantage.detach().mean(),
             "policy/advantage_std": advantage.detach().std(),
@@ -385,18 +453,31 @@ class ImagBehavior(nn.Module):
         }
         return losses, metrics
 
+    def _replayed(self, world_model: WorldModel, post: State, batch: dict, noise: dict) -> tuple[Losses, Metrics]:
+        """What the intrinsic rewards learn from replayed states."""
+        still, losses, metrics = {key: value.detach() for key, value in post.items()}, {}, {}
+        for name, reward in self.intrinsic.items():
+            with frozen(world_model):
+                found = reward.loss(world_model, still, batch, noise.get(name, {}))
+            if found is not None:
+                losses[f"intrinsic/{name}"] = found[0]
+                metrics |= {f"intrinsic/{key}": value for key, value in found[1].items()}
+        return losses, metrics
+
     def after_step(self) -> None:
         """Call after every optimizer step: the slow critics follow."""
         for stream in self.streams.values():
             stream.slow_critic.update(stream.critic)
 
-    def _rollout_policy(self, scores: list[tuple[Tensor, Tensor]]) -> Policy:
-        """The policy in imagination. Its log-probabilities and entropies, with gradient to the actor, join `scores`:
-        the actor is evaluated once per state, to act and to learn.
+    def _rollout_policy(self, seen: list[Tensor], scores: list[tuple[Tensor, Tensor]]) -> Policy:
+        """The policy in imagination. What it sees joins `seen`; the log-probabilities and entropies of what it does,
+        with gradient to the actor, join `scores`: the actor is evaluated once per state, to act and to learn.
         """
 
-        def policy(feat: Tensor, carry: None, is_first: Tensor, noise: Tensor) -> tuple[Tensor, None]:
-            action, *score = self._act_and_score(feat, noise)
+        def policy(feat: Tensor, carry, is_first: Tensor, noise: Tensor) -> tuple[Tensor, object]:
+            given, carry = self.see(feat, carry, is_first, noise)
+            action, *score = self._act_and_score(given, noise[..., : self.action_size])
+            seen.append(given)
             scores.append(score)
             return (action if torch.is_grad_enabled() else action.detach()), carry
 

@@ -32,11 +32,17 @@ class ReturnNormalizer(nn.Module):
 
     Each percentile is averaged exponentially from 0, without debiasing (paper, eq. 12; `limit` 1 leaves small returns
     small). Kept in float32, in buffers that are updated in place. A batch that is not finite leaves them as they are.
+
+    `debias` divides by the weight that the average has by now: without the limit, the first averages, which start at 0,
+    would be a hundredth of what they should be.
     """
 
-    def __init__(self, rate: float = 0.01, limit: float = 1.0, low: float = 0.05, high: float = 0.95):
+    def __init__(
+        self, rate: float = 0.01, limit: float = 1.0, low: float = 0.05, high: float = 0.95, debias: bool = False
+    ):
         super().__init__()
         self.rate, self.limit = rate, limit
+        self.register_buffer("weight", torch.zeros(()) if debias else None)
         self.register_buffer("quantiles", torch.tensor([low, high]), persistent=False)
         self.register_buffer("lo", torch.zeros(()))
         self.register_buffer("hi", torch.zeros(()))
@@ -46,12 +52,16 @@ class ReturnNormalizer(nn.Module):
         flat = returns.detach().to(self.lo.dtype).flatten()
         lo, hi = torch.quantile(flat, self.quantiles.to(flat.dtype))
         finite = torch.isfinite(flat).all()
-        for average, new in ((self.lo, lo), (self.hi, hi)):
+        averages = [(self.lo, lo), (self.hi, hi)]
+        if self.weight is not None:
+            averages.append((self.weight, torch.ones_like(self.weight)))
+        for average, new in averages:
             average.copy_(torch.where(finite, average + self.rate * (new - average), average))
 
     @property
     def scale(self) -> Float[Tensor, ""]:
-        return (self.hi - self.lo).clamp(min=self.limit)
+        width = self.hi - self.lo
+        return (width if self.weight is None else width / self.weight.clamp(min=self.rate)).clamp(min=self.limit)
 
 
 class SlowTarget(nn.Module):

@@ -45,7 +45,7 @@ __all__ = [
 MODES = ("train", "eval")
 # First word of a task -> module with `load(config, mode, name, seed)`.
 SUITES = {"dmc": "dmc", "gym": "gym_env", "atari": "atari", "crafter": "crafter"}
-SUITES |= {"babyai": "babyai", "cue": "cues", "sound": "sound"}
+SUITES |= {"babyai": "babyai", "cue": "cues", "grid": "grid", "sound": "sound"}
 ARGUMENTS = ("config", "mode", "index")
 
 _registry = {}  # name -> factory, or its pickle in a worker process

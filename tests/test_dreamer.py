@@ -1008,7 +1008,7 @@ def test_acting_reads_the_device_once():
 
 def test_gumbel_noise_follows_its_law():
     agent, count = make_agent(), 1_000_000
-    noise = agent._noise((count // 10, 10), True, torch.Generator().manual_seed(3)).flatten().double()
+    noise = agent._draw(torch.Generator().manual_seed(3))._noise((count // 10, 10), True).flatten().double()
     variance = np.pi**2 / 6
     # Five deviations of the sample's mean and variance (a Gumbel's kurtosis is 5.4).
     assert abs(noise.mean() - 0.577216) < 5 * np.sqrt(variance / count)
@@ -1025,7 +1025,7 @@ def test_gumbel_noise_follows_its_law():
 def test_sampled_classes_follow_their_probabilities(classes, unimix):
     agent, count = make_agent(), 200_000
     logits = torch.linspace(-3, 2, classes)
-    noise = agent._noise((count, classes), True, torch.Generator().manual_seed(4))
+    noise = agent._draw(torch.Generator().manual_seed(4))._noise((count, classes), True)
     drawn = OneHot(logits.expand(count, classes), unimix).sample(noise).double().sum(0)
     expected = ((1 - unimix) * torch.softmax(logits.double(), -1) + unimix / classes) * count
     chi_square = ((drawn - expected) ** 2 / expected).sum()
@@ -1036,7 +1036,7 @@ def test_sampled_classes_follow_their_probabilities(classes, unimix):
 def test_gumbel_noise_is_finite_for_every_draw(draw, monkeypatch):
     agent = make_agent()
     monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, *_, generator=None: self.fill_(draw))
-    noise = agent._noise((4,), True, agent.generator)
+    noise = agent._draw(agent.generator)._noise((4,), True)
     assert noise.isfinite().all() and (-5 < noise).all() and (noise < 17).all()
     if draw > 1e-30:
         torch.testing.assert_close(
@@ -1050,7 +1050,7 @@ def test_noise_belongs_to_its_generator():
     assert all(torch.equal(one[key], two[key]) for key in one)
     again = agent.draw_noise(2, 3)
     assert not any(torch.equal(one[key], again[key]) for key in one)
-    normal = agent._noise((100_000,), False, agent.generator)
+    normal = agent._draw(agent.generator)._noise((100_000,), False)
     assert abs(normal.mean()) < 5 / np.sqrt(1e5) and abs(normal.std() - 1) < 5 / np.sqrt(2e5)
 
 
@@ -1115,7 +1115,7 @@ def test_acting_sees_what_learning_sees():
         features_now = features(state["latent"])
         assert np.array_equal(action, agent.behavior.actor(features_now).mode().detach().numpy())
     again = torch.Generator().manual_seed(5)
-    latent_noise = torch.stack([agent._latent_noise(count, generator=again) for _ in range(time)], 1)
+    latent_noise = torch.stack([agent._draw(again).latent(count) for _ in range(time)], 1)
     zeros = agent.to_device({"deter": np.zeros((count, 32), np.float16), "stoch": np.zeros((count, 4), np.uint8)})
     zeros |= agent.to_device({"action": np.ones((count, 2), np.float32), "valid": np.zeros(count, bool)})
     batch = agent.to_device({**obs, "action": np.stack(actions, 1)}) | {"context": zeros}

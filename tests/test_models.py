@@ -516,9 +516,13 @@ def test_losses_in_two_parts_are_those_in_one(imag_gradient):
     losses, parts_metrics = world.score(post, prior, batch)
     start = {key: post[key].detach().flatten(0, 1) for key in ("deter", "stoch")}
     with frozen(world) if imag_gradient == "both" else torch.no_grad():
-        traj = world.imagine(start, behavior._rollout_policy([]), behavior.initial(B * T), H, noise)
+        traj = world.imagine(start, behavior._rollout_policy([], []), behavior.initial(B * T), H, noise)
     dist = behavior.actor(traj["feat"][:, :-1].detach())  # evaluated again, for all steps at once
-    traj |= {"log_prob": dist.log_prob(traj["action"][:, :-1].detach()), "entropy": dist.entropy()}
+    traj |= {
+        "seen": traj["feat"],
+        "log_prob": dist.log_prob(traj["action"][:, :-1].detach()),
+        "entropy": dist.entropy(),
+    }
     more, more_parts_metrics = behavior.learn(world, traj, post, batch)
     parts = losses | more
     grads = gradients(parts)
@@ -778,7 +782,7 @@ def test_reinforce_gradient_is_that_of_the_log_probabilities():
     losses["policy"].mean().backward()
     start = {key: value.detach().flatten(0, 1) for key, value in inputs[0].items()}
     with torch.no_grad():
-        traj = world.imagine(start, behavior._rollout_policy([]), None, H, inputs[2])
+        traj = world.imagine(start, behavior._rollout_policy([], []), None, H, inputs[2])
         factor = -losses["policy"].flatten()  # weighted mean of log π times advantage, at the weights as they are
         base = behavior.actor(traj["feat"]).log_prob(traj["action"])[:, :-1]
         cont = world.cont(traj["feat"]).prob
@@ -858,7 +862,7 @@ def test_dynamics_gradient_against_finite_differences(double, slow_target):
 def test_dynamics_gradient_goes_through_actions_not_through_what_the_policy_saw():
     behavior, feat = make_behavior(3), torch.randn(4, 3, requires_grad=True)
     scores = []
-    policy = behavior._rollout_policy(scores)
+    policy = behavior._rollout_policy([], scores)
     action, _ = policy(feat, None, torch.zeros(4, dtype=torch.bool), torch.zeros(4, A))
     assert action.requires_grad
     for value in (action, *scores[0]):

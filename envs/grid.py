@@ -1,0 +1,97 @@
+"""A grid of rooms with one distant reward, for exploration: `grid_rooms`; `grid_open`, without walls; and `grid_tv`,
+with a screen in the first room that shows noise.
+
+The agent starts in one corner and knows where it stands; walls are noticed by not getting on. The far corner is worth 1
+and ends the episode.
+"""
+
+import numpy as np
+from gymnasium import spaces
+
+from .wrappers import Env, TaskError, transition
+
+MOVES = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))  # stay, and the four headings
+CHANNELS = 16  # of the screen
+
+
+def load(config, mode: str, name: str, seed: int) -> Env:
+    """config: grid.{size, steps}."""
+    if name not in ("rooms", "open", "tv"):
+        raise TaskError(f"grid_{name}: unknown; a task is grid_rooms, grid_open or grid_tv.")
+    size = config.grid["size"]
+    return GridWorld(free_cells(size, rooms=name != "open"), seed, screen=name == "tv", steps=config.grid["steps"])
+
+
+def free_cells(size: int, rooms: bool = True, room: int = 6) -> np.ndarray:
+    """Where one can stand, bool [size, size]: with `rooms`, walls after every `room` cells with one door per room."""
+    free = np.ones((size, size), bool)
+    if not rooms:
+        return free
+    walls = range(room, size, room + 1)
+    for wall in walls:
+        free[wall, :] = free[:, wall] = False
+    for number, wall in enumerate(walls):
+        for first in range(0, size, room + 1):
+            width = min(room, size - first)
+            door = first + (width // 2 + 2 * number + first // (room + 1)) % width
+            free[wall, door] = free[door, wall] = True
+    return free
+
+
+class GridWorld(Env):
+    """Observes `position` (row and column, as categories) and, with `screen`, also `screen`: noise of `CHANNELS` values
+    in the room of the start, 0 elsewhere. Actions: stay, and one step in one of four directions.
+
+    Args:
+        free: where one can stand, bool [size, size]; the start is (0, 0), the reward in the opposite corner.
+        steps: of an episode.
+
+    `log_coverage`: share of the free cells that were visited, in all episodes so far; `log_visited` their number;
+    `log_first_reward`: steps until the first reward, NaN before it.
+    """
+
+    def __init__(self, free: np.ndarray, seed: int = 0, screen: bool = False, steps: int = 200):
+        self._free, self._screen, self._steps = free, screen, steps
+        self._rng = np.random.default_rng(seed)
+        self.visits = np.zeros(free.shape, int)
+        self._total, self._found = 0, np.nan
+        self.obs_space = {"position": spaces.MultiDiscrete(free.shape)}
+        if screen:
+            self.obs_space["screen"] = spaces.Discrete(CHANNELS)
+        self.act_space = spaces.Discrete(len(MOVES))
+
+    def reset(self):
+        self._at, self._time = (0, 0), 0
+        self.visits[self._at] += 1
+        return transition(self._observe(), first=True)
+
+    def step(self, action):
+        self._at = self.after(self._at, int(action))
+        self._time += 1
+        self._total += 1
+        self.visits[self._at] += 1
+        won = self._at == tuple(n - 1 for n in self._free.shape)
+        if won and np.isnan(self._found):
+            self._found = self._total
+        return transition(self._observe(), float(won), last=won or self._time >= self._steps, terminal=won)
+
+    def after(self, cell: tuple[int, int], action: int) -> tuple[int, int]:
+        """Where an action leads to."""
+        to = cell[0] + MOVES[action][0], cell[1] + MOVES[action][1]
+        inside = all(0 <= x < n for x, n in zip(to, self._free.shape, strict=True))
+        return to if inside and self._free[to] else cell
+
+    def render(self):
+        """uint8 [16 size, 16 size, 3]: walls black, the agent blue, the reward green, visited cells darker."""
+        grid = np.where(self._free[..., None], np.where((self.visits > 0)[..., None], 200, 245), 0).repeat(3, -1)
+        grid[-1, -1], grid[self._at] = (60, 180, 75), (50, 90, 220)
+        return grid.astype(np.uint8).repeat(16, 0).repeat(16, 1)
+
+    def _observe(self):
+        obs = {"position": np.array(self._at), "log_visited": np.float32((self.visits > 0).sum())}
+        obs |= {"log_coverage": np.float32((self.visits > 0).sum() / self._free.sum())}
+        obs |= {"log_first_reward": np.float32(self._found)}
+        if self._screen:
+            near = max(self._at) < 6
+            obs["screen"] = np.int64(self._rng.integers(1, CHANNELS)) if near else np.int64(0)
+        return obs
