@@ -136,7 +136,7 @@ class Dreamer(nn.Module):
                 scales |= {f"rec/{key}": scales["rec"] * scale for key in keys}
         if all(f"rec/{key}" in scales for key in decoder.keys):
             del scales["rec"]
-        if not any(behavior.intrinsic for behavior in self.behaviors.values()):
+        if not any(reward.learns for behavior in self.behaviors.values() for reward in behavior.intrinsic.values()):
             del scales["intrinsic"]
         return scales
 

@@ -189,7 +189,7 @@ class Ensemble(nn.Module):
         self.count, self.act = count, ACTIVATIONS[act]
         self.weights = nn.ParameterList(torch.empty(count, a, b) for a, b in itertools.pairwise(widths))
         self.biases = nn.ParameterList(torch.zeros(count, 1, b) for b in widths[1:])
-        self.scales = nn.ParameterList(torch.ones(count, 1, units) for _ in range(layers))
+        self.scales = nn.ParameterList(torch.ones(count, units) for _ in range(layers))
         for member in (member for weight in self.weights for member in weight):
             init_weight(member, len(member))
 
@@ -199,7 +199,7 @@ class Ensemble(nn.Module):
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = torch.baddbmm(bias, x, weight)
             if layer < layers:
-                x = rms_norm(x, self.scales[layer], act=self.act)
+                x = rms_norm(x.transpose(0, 1), self.scales[layer], act=self.act).transpose(0, 1)
         return x.unflatten(1, lead)
 
 

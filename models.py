@@ -216,6 +216,11 @@ class Intrinsic(nn.Module):
     Nothing that it learns reaches the world model. `exploration.py` has those that come with the project.
     """
 
+    @property
+    def learns(self) -> bool:
+        """Whether it has a loss."""
+        return type(self).loss is not Intrinsic.loss or type(self).imagined_loss is not Intrinsic.imagined_loss
+
     def noise(self, batch: int, time: int, draw) -> dict[str, Tensor]:
         """The random numbers of one `loss`; `draw` has `latent`, `action` and `uniform`, each of leading sizes."""
         return {}
