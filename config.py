@@ -43,6 +43,7 @@ CHOICES = {
     "icm.target": ("stoch", "embed", "deter", "feat"),
     "rnd.target": ("stoch", "embed", "deter", "feat"),
     "empowerment.form": ("state", "action"),
+    "actor_objective": ("reinforce", "ppo"),
     "imag_gradient": ("reinforce", "dynamics", "both"),
     "grad_heads": ("decoder", "reward", "cont", "critic"),  # of each entry
     "dyn.cell": ("block_gru", "gru"),
@@ -122,6 +123,10 @@ RANGES = {
     "empowerment.starts": ">= 1",
     "empowerment.beta": "> 0",
     "diayn.skills": ">= 2",
+    "ppo.epochs": ">= 2",
+    "ppo.minibatches": ">= 1",
+    "ppo.clip": "> 0",
+    "ppo.kl": "> 0",
     "imag_horizon": ">= 1",
     "imag_gradient_mix": ">= 0, <= 1",
     "horizon": "> 1",

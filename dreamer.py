@@ -27,6 +27,7 @@ from gymnasium.spaces import Space
 from torch import Tensor, nn
 
 import execution
+import ppo
 import tools
 from config import Config, check_resume, resolve_paths
 from envs import make_env
@@ -81,7 +82,7 @@ class Dreamer(nn.Module):
         )
         self.observed = {key: space for own in self.world_model.encoder.kinds.values() for key, space in own.items()}
         sections = ("actor", "critic", "retnorm", "imag_horizon", "imag_last", "imag_gradient", "imag_gradient_mix")
-        sections += ("discount_lambda", "reward_EMA")
+        sections += ("discount_lambda", "reward_EMA", "actor_objective")
         sizes = (self.world_model.rssm.feat_size, self.action_size, self.classes)
         options = shared | {key: config[key] for key in sections}
 
@@ -90,6 +91,8 @@ class Dreamer(nn.Module):
 
         self.behavior = behave(rewards=task_rewards(self.world_model, self.action_size, self.classes, config))
         self.explorer = make_explorer(behave, self.world_model, self.action_size, self.classes, config)
+        self.ppo = dict(config.ppo) if config.actor_objective == "ppo" else {}
+        self.epochs = self.ppo.pop("epochs", 1)
         self.loss_scales = self._loss_scales(config.loss_scales, config.modality_scales)
         self.layout = None  # the recurrence's weights as acting reads them; None: they have changed since
         self.to(self.device)
@@ -239,6 +242,11 @@ class Dreamer(nn.Module):
         losses, post, metrics = self.losses(batch, noise)
         loss = total_loss(losses, self.loss_scales)
         optimized = self.optimizer.step(loss)
+        if self.ppo:
+            rollouts = [rollout for behavior in self.behaviors.values() for rollout in behavior.rollouts]
+            with self.autocast():
+                moved = ppo.improve(rollouts, self.optimizer, noise["order"], self.loss_scales, **self.ppo)
+            metrics |= {f"policy/ppo_{key}": value for key, value in moved.items()}
         for behavior in self.behaviors.values():
             behavior.after_step()
         metrics |= {"world/loss": loss.detach()} | {f"opt/{k}": v for k, v in optimized.items()}
@@ -260,12 +268,15 @@ class Dreamer(nn.Module):
 
     def draw_noise(self, batch: int, time: int) -> dict:
         """Every random number of one update: `post` [B, T, ...], `prior` [H, N, ...], `action` [H+1, N, action], what
-        intrinsic rewards ask for, with `modality_dropout` also `drop` [B, kinds], and with an explorer its own.
+        intrinsic rewards ask for, with `modality_dropout` also `drop` [B, kinds], with PPO `order` [epochs - 1, N], and
+        with an explorer its own.
         """
         draw = self._draw(self.generator)
         noise = {"post": draw.latent(batch, time)} | self.behavior.draw_noise(batch, time, draw)
         if self.world_model.modality_dropout:
             noise["drop"] = draw.uniform(batch, len(self.world_model.encoder.kinds))
+        if self.ppo:
+            noise["order"] = draw.uniform(self.epochs - 1, batch * self.behavior.starts(time))
         if self.explorer:
             noise["explorer"] = self.explorer.draw_noise(batch, time, draw)
         return noise

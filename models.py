@@ -21,6 +21,7 @@ from errors import UserError
 from layers import Actor, BinaryHead, ScalarHead
 from modalities import ModalityConfig
 from networks import RSSM, MultiDecoder, MultiEncoder, State, Tokens, features
+from ppo import Rollout
 from returns import ReturnNormalizer, SlowTarget, lambda_return
 
 Losses = dict[str, Tensor]
@@ -303,6 +304,7 @@ class ImagBehavior(nn.Module):
         imag_gradient_mix: share of dynamics in both.
         horizon, contdisc: the discount is 1 - 1/horizon, inside the continue head's prediction if `contdisc`.
         reward_EMA: scale advantages by the moving range of returns.
+        actor_objective: reinforce, or ppo: `rollouts` then has what `ppo.improve` goes on with.
         rewards: {stream: (its reward, see `Stream`, and the weight of its advantage)}; none for the task's alone.
         extra: numbers that actor and critics are given beyond the state (see `see`); as many join an action's noise.
     """
@@ -324,6 +326,7 @@ class ImagBehavior(nn.Module):
         contdisc: bool = True,
         discount_lambda: float = 0.95,
         reward_EMA: bool = True,
+        actor_objective: str = "reinforce",
         rewards: Mapping[str, tuple[Callable, float]] | None = None,
         extra: int = 0,
     ):
@@ -338,6 +341,11 @@ class ImagBehavior(nn.Module):
             raise UserError(
                 "imag_last: 1 leaves no transition for the replay value loss; expected 0 (all) or at least 2."
             )
+        if actor_objective == "ppo" and imag_gradient != "reinforce":
+            raise UserError(
+                f"actor_objective: ppo scores actions by their probability; imag_gradient is {imag_gradient}."
+            )
+        self.ppo, self.rollouts = actor_objective == "ppo", []
         self.imag_horizon, self.imag_last = imag_horizon, imag_last
         self.dynamics_share = {"reinforce": 0.0, "dynamics": 1.0, "both": imag_gradient_mix}[imag_gradient]
         options = {"discount": self.discount, "critic": critic, "retnorm": retnorm if reward_EMA else None}
@@ -404,13 +412,19 @@ class ImagBehavior(nn.Module):
             traj = world_model.imagine(start, policy, carry, self.imag_horizon, noise)
             traj["seen"] = torch.stack(seen, 1) if self.extra else traj["feat"]
         log_prob, entropy = (torch.stack(steps[:-1], 1) for steps in zip(*scores, strict=True))
-        more, found = self.learn(world_model, traj | {"log_prob": log_prob, "entropy": entropy}, post, batch)
+        traj |= {"log_prob": log_prob, "entropy": entropy}
+        more, found, kept = self.learn(world_model, traj, post, batch)
+        if self.ppo:
+            given = (traj["seen"], traj["action"][:, :-1], log_prob)
+            given = (value.detach() for value in given)
+            self.rollouts = [Rollout(self.actor, self.streams, self.entropy_scale, *given, **kept)]
         return losses | more, metrics | found
 
     def learn(
         self, world_model: WorldModel, traj: dict[str, Tensor], post: State, batch: dict
-    ) -> tuple[Losses, Metrics]:
-        """The losses of a trajectory that was imagined already, for all steps at once (see `loss`).
+    ) -> tuple[Losses, Metrics, dict]:
+        """The losses of a trajectory that was imagined already, for all steps at once (see `loss`); metrics; and what
+        they were made of: `advantage`, `weight` [N, H] and `returns` {stream: [N, H]}.
 
         `traj` is `WorldModel.imagine`'s, what actor and critics saw there, `seen`, and `log_prob`, `entropy` [N, H] of
         its actions, with gradient to the actor.
@@ -421,7 +435,7 @@ class ImagBehavior(nn.Module):
         seen, entropy = traj["seen"].detach(), traj["entropy"]
         weight = self._weight(cont).detach()[:, :-1]
 
-        losses, metrics, advantage = {}, {}, 0.0
+        losses, metrics, returns, advantage = {}, {}, {}, 0.0
         for name, stream in self.streams.items():
             dist = stream.critic(seen)
             value = baseline = dist.mode().detach()
@@ -430,6 +444,7 @@ class ImagBehavior(nn.Module):
                     value = stream.target_value(traj["seen"])
                 reward = stream.reward(world_model, traj)
                 ret = lambda_return(reward, value, self._live(cont, stream.discount)[:, 1:], self.lam)
+            returns[name] = ret.detach()
             if stream.retnorm:
                 stream.retnorm.update(ret)
             advantage = advantage + stream.scale * stream.normalized(ret - baseline[:, :-1])
@@ -456,7 +471,7 @@ class ImagBehavior(nn.Module):
             "policy/advantage_std": advantage.detach().std(),
             "policy/cont": cont.detach().mean(),
         }
-        return losses, metrics
+        return losses, metrics, {"advantage": advantage.detach(), "weight": weight, "returns": returns}
 
     def _replayed(self, world_model: WorldModel, post: State, batch: dict, noise: dict) -> tuple[Losses, Metrics]:
         """What the intrinsic rewards learn from replayed states."""

@@ -33,6 +33,7 @@ class Group:
         self.second = torch.zeros_like(self.data)
         self.first = torch.zeros_like(self.data)
         self.lr = torch.tensor(lr, dtype=torch.float32, device=first.device)
+        self.extra = torch.zeros((), device=first.device)  # updates of this group alone, beyond those of all
         for p, data, grad in zip(self.params, self.data.split(sizes), self.grad.split(sizes), strict=True):
             p.data, p.grad = data.view(p.shape), grad.view(p.shape)
 
@@ -82,31 +83,48 @@ class Optimizer:
         self.scaled, self.scale = scaled, torch.full((), 2.0**15 if scaled else 1.0, device=device)
         self.good = torch.zeros((), device=device)  # updates since the scale last changed
 
-    def step(self, loss: Float[Tensor, ""]) -> dict[str, Float[Tensor, ""]]:
-        """One update. Returns `grad_norm` (before clipping), `update_rms` (of the weights' movement), `bad_updates`."""
-        self.backward(loss)
-        return self.apply(torch.isfinite(loss.detach()))
+    def step(
+        self, loss: Float[Tensor, ""], only: Iterable[str] | None = None, live: Bool[Tensor, ""] | None = None
+    ) -> dict[str, Float[Tensor, ""]]:
+        """One update. Returns `grad_norm` (before clipping), `update_rms` (of the weights' movement), `bad_updates`.
 
-    def backward(self, loss: Float[Tensor, ""]) -> None:
+        Args:
+            only: the groups that it is an update of, beyond those of all groups; the loss depends on no other.
+            live: False for an update that is to change nothing.
+        """
+        self.backward(loss, only)
+        return self.apply(torch.isfinite(loss.detach()), only, live)
+
+    def backward(self, loss: Float[Tensor, ""], only: Iterable[str] | None = None) -> None:
         """Fills the gradient buffers. Gradients of several processes are to be reduced between this and `apply`."""
-        for group in self.groups.values():
+        for group in self._chosen(only):
             group.grad.zero_()
         (loss * self.scale if self.scaled else loss).backward()
 
+    def _chosen(self, only: Iterable[str] | None) -> list[Group]:
+        return [group for key, group in self.groups.items() if only is None or key in only]
+
     @torch.no_grad()
-    def apply(self, finite: Bool[Tensor, ""]) -> dict[str, Float[Tensor, ""]]:
-        """Updates the weights from the gradients that lie in the groups' buffers."""
-        groups = self.groups.values()
+    def apply(
+        self, finite: Bool[Tensor, ""], only: Iterable[str] | None = None, live: Bool[Tensor, ""] | None = None
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Updates the weights from the gradients that lie in the groups' buffers (see `step`)."""
+        groups = self._chosen(only)
         if self.scaled:
             for group in groups:
                 group.grad.div_(self.scale)
         norm = torch.stack([g.grad.norm() for g in groups]).norm()
         ok = finite & torch.isfinite(norm)
-        self.updates += ok
-        self.bad.copy_(torch.where(ok, 0.0, self.bad + 1))
-        self.bad_total += ~ok
-        if self.scaled:
-            self._rescale(ok)
+        if only is None:
+            self.updates += ok
+            self.bad.copy_(torch.where(ok, 0.0, self.bad + 1))
+            self.bad_total += ~ok
+            if self.scaled:
+                self._rescale(ok)
+        else:
+            ok = ok if live is None else ok & live
+            for group in groups:
+                group.extra += ok
         squares = sum(self._update(group, ok) for group in groups)
         rms = (squares / sum(g.data.numel() for g in groups)).sqrt()
         return {"grad_norm": norm, "update_rms": rms, "bad_updates": self.bad_total.clone()}
@@ -125,7 +143,9 @@ class Optimizer:
         if self.clip:
             grad.mul_((self.clip / grad.norm().clamp(min=self.clip)).to(grad.dtype))
         live = ok.to(grad.dtype)
-        count = self.updates.to(torch.float64 if grad.device.type != "mps" else torch.float32).clamp(min=1)
+        count = (
+            (self.updates + group.extra).to(torch.float64 if grad.device.type != "mps" else torch.float32).clamp(min=1)
+        )
         correct1, correct2 = ((1 - beta**count).to(grad.dtype) for beta in (self.beta1, self.beta2))
         rate = (group.lr * self._warmup()).to(grad.dtype) * live
         group.second.lerp_(grad.square(), (1 - self.beta2) * live)
@@ -161,7 +181,12 @@ class Optimizer:
             "bad_total": self.bad_total.clone(),
             **({"scale": self.scale.clone(), "good": self.good.clone()} if self.scaled else {}),
             "groups": {
-                key: {"lr": g.lr.clone(), "first": named(g, g.first), "second": named(g, g.second)}
+                key: {
+                    "lr": g.lr.clone(),
+                    "extra": g.extra.clone(),
+                    "first": named(g, g.first),
+                    "second": named(g, g.second),
+                }
                 for key, g in self.groups.items()
             },
         }
@@ -174,6 +199,7 @@ class Optimizer:
             getattr(self, name).copy_(state[name])
         for key, group in self.groups.items():
             saved = state["groups"][key]
+            group.extra.copy_(saved.get("extra", 0.0))
             if rates:
                 group.lr.copy_(saved["lr"])
             for moment in ("first", "second"):

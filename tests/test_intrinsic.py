@@ -374,7 +374,9 @@ def test_action_information_pays_what_the_outcome_tells_about_the_action():
     assert reward.noise(4, 5, None) == {}
     fit(reward, world, data, 1000)
     for cell, action, expected in ((12, 1, math.log(5)), (0, 0, math.log(5 / 3))):
-        feat = torch.cat([torch.zeros(2, 1), torch.eye(world.cells)[[cell, int(world.moves[cell, action].argmax())]]], -1)
+        feat = torch.cat(
+            [torch.zeros(2, 1), torch.eye(world.cells)[[cell, int(world.moves[cell, action].argmax())]]], -1
+        )
         traj = {"feat": feat.unsqueeze(0), "action": torch.eye(ACTIONS)[action].expand(1, 2, -1)}
         paid = reward(world, traj | {"log_prob": torch.full((1, 1), -math.log(5))})
         assert paid.item() == pytest.approx(expected, abs=0.15)

@@ -523,7 +523,7 @@ def test_losses_in_two_parts_are_those_in_one(imag_gradient):
         "log_prob": dist.log_prob(traj["action"][:, :-1].detach()),
         "entropy": dist.entropy(),
     }
-    more, more_parts_metrics = behavior.learn(world, traj, post, batch)
+    more, more_parts_metrics, _ = behavior.learn(world, traj, post, batch)
     parts = losses | more
     grads = gradients(parts)
     assert len(grads) > 40
