@@ -57,7 +57,8 @@ def loss(
     share of ratios that are clipped.
     """
     dist = rollout.actor(rollout.seen[:, :-1])
-    objective, ratio = surrogate(dist.log_prob(rollout.action), rollout.log_prob, rollout.advantage, clip)
+    log_prob = dist.log_prob(rollout.action)
+    objective, ratio = surrogate(log_prob, rollout.log_prob, rollout.advantage, clip)
     total = -scales["policy"] * (rollout.weight * (objective + rollout.entropy * dist.entropy())).mean()
     for name, target in rollout.returns.items():
         stream = rollout.streams[name]
@@ -66,7 +67,7 @@ def loss(
     with torch.no_grad():
         decided = (rollout.weight > 0).to(ratio.dtype)
         count = decided.sum().clamp(min=1)
-        kl = ((ratio - 1 - ratio.log()) * decided).sum() / count
+        kl = ((ratio - 1 - (log_prob - rollout.log_prob)) * decided).sum() / count
         clipped = (((ratio - 1).abs() > clip) * decided).sum() / count
     return total, kl, clipped
 
