@@ -84,7 +84,7 @@ def test_later_epochs_move_the_policy_until_it_has_moved_enough():
 def test_without_later_epochs_it_is_the_plain_agent():
     """All of them stopped, the weights are those of REINFORCE, bit for bit; world model and rewards in any case."""
     plain, stopped, moving = (
-        make_agent(*FAST),
+        shaken(*FAST),
         make_agent(*PPO, *FAST, "--ppo.kl", "1e-30"),
         make_agent(*PPO, *FAST, "--ppo.kl", "1e9"),
     )
