@@ -64,6 +64,7 @@ CHOICES = {
     "babyai.actions": ("all", "moves"),
     "cue.absent": ("image", "audio", "text", "vector"),  # of each entry
     "*.act": ("silu", "gelu", "relu", "elu", "tanh"),
+    "metagrad": ("off", "hypergradient"),
     "opt.name": ("laprop", "adam"),
 }
 
@@ -162,6 +163,8 @@ RANGES = {
     "critic.slow_target_update": ">= 1",
     "critic.slow_target_fraction": "> 0, <= 1",
     "opt.*lr": "> 0",
+    "meta.kappa": "> 0",
+    "meta.limit": ">= 1",
     "opt.agc": ">= 0",
     "opt.pmin": "> 0",
     "opt.clip": ">= 0",

@@ -97,7 +97,9 @@ class Dreamer(nn.Module):
         self.layout = None  # the recurrence's weights as acting reads them; None: they have changed since
         self.to(self.device)
         half = tools.half_precision(config.precision, self.device)
-        self.optimizer = self._optimizer(**config.opt, scaled=half == torch.float16)
+        self.adapts = config.metagrad == "hypergradient"
+        hyper = {"hyper": config.meta.kappa, "hyper_limit": config.meta.limit} if self.adapts else {}
+        self.optimizer = self._optimizer(**config.opt, **hyper, scaled=half == torch.float16)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)  # noise of updates
         self.policy_generator = torch.Generator(self.device).manual_seed(config.seed + 1)  # noise of acting
         self.autocast = functools.partial(torch.autocast, self.device.type, half or torch.bfloat16, enabled=bool(half))
@@ -247,6 +249,10 @@ class Dreamer(nn.Module):
             with self.autocast():
                 moved = ppo.improve(rollouts, self.optimizer, noise["order"], self.loss_scales, **self.ppo)
             metrics |= {f"policy/ppo_{key}": value for key, value in moved.items()}
+        if self.adapts:
+            metrics |= {
+                f"meta/lr{'' if key == 'world' else f'_{key}'}": rate for key, rate in self.optimizer.rates().items()
+            }
         for behavior in self.behaviors.values():
             behavior.after_step()
         metrics |= {"world/loss": loss.detach()} | {f"opt/{k}": v for k, v in optimized.items()}

@@ -5,9 +5,10 @@ moments: clipping, moments, the update and a future all-reduce are a few operati
 per tensor.
 
 Sources: LaProp (Ziyin et al. 2020, arXiv 2002.04839), AGC (Brock et al. 2021, arXiv 2102.06171), as combined in the
-paper.
+paper; learning rates that adapt themselves (Baydin et al. 2018, arXiv 1703.04782), in a form free of the loss's scale.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -24,7 +25,7 @@ class Group:
     device before, and are not moved after.
     """
 
-    def __init__(self, named: Named, lr: float):
+    def __init__(self, named: Named, lr: float, adapts: bool = False):
         self.names, self.params = zip(*named, strict=True)
         first = self.params[0]
         sizes = [p.numel() for p in self.params]
@@ -33,9 +34,16 @@ class Group:
         self.second = torch.zeros_like(self.data)
         self.first = torch.zeros_like(self.data)
         self.lr = torch.tensor(lr, dtype=torch.float32, device=first.device)
+        self.log_gain = torch.zeros((), device=first.device)  # what the rate has adapted by: ln of a factor
+        self.last = torch.zeros_like(self.data) if adapts else None  # the last movement
         self.extra = torch.zeros((), device=first.device)  # updates of this group alone, beyond those of all
         for p, data, grad in zip(self.params, self.data.split(sizes), self.grad.split(sizes), strict=True):
             p.data, p.grad = data.view(p.shape), grad.view(p.shape)
+
+    @property
+    def rate(self) -> Float[Tensor, ""]:
+        """The learning rate as it is by now, without warmup."""
+        return self.lr * self.log_gain.exp()
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Views of a flat buffer of this group, one per parameter and in its shape."""
@@ -55,6 +63,9 @@ class Optimizer:
         agc: clip each tensor's gradient to `agc * max(pmin, ‖p‖)`; 0 turns it off.
         clip: clip each group's whole gradient to this norm; 0 turns it off.
         warmup: updates over which the rate rises linearly; the first update has rate 0.
+        hyper: κ of hypergradient rates, 0 for fixed ones: after the warmup each group's rate α moves by
+            ln α += κ cos(g_t, u_{t-1}), where u is its last movement: up while the gradient agrees with it.
+        hyper_limit: a rate stays within this factor of where it started, up and down.
         scaled: multiply the loss before the backward pass, so that gradients do not vanish in half precision
             (float16): the factor halves after an update that is not finite and doubles after 2000 in a row that are.
     """
@@ -71,13 +82,16 @@ class Optimizer:
         beta2: float = 0.999,
         eps: float = 1e-20,
         warmup: int = 1000,
+        hyper: float = 0.0,
+        hyper_limit: float = 10.0,
         scaled: bool = False,
     ):
         listed = {key: (list(named), lr) for key, (named, lr) in groups.items()}
-        self.groups = {key: Group(named, lr) for key, (named, lr) in listed.items() if named}
+        self.groups = {key: Group(named, lr, bool(hyper)) for key, (named, lr) in listed.items() if named}
         self.laprop = {"laprop": True, "adam": False}[name]
         self.agc, self.pmin, self.clip = agc, pmin, clip
         self.beta1, self.beta2, self.eps, self.warmup = beta1, beta2, eps, warmup
+        self.hyper, self.hyper_limit = hyper, math.log(hyper_limit)
         device = next(iter(self.groups.values())).data.device
         self.updates, self.bad, self.bad_total = (torch.zeros((), device=device) for _ in range(3))
         self.scaled, self.scale = scaled, torch.full((), 2.0**15 if scaled else 1.0, device=device)
@@ -147,7 +161,9 @@ class Optimizer:
             (self.updates + group.extra).to(torch.float64 if grad.device.type != "mps" else torch.float32).clamp(min=1)
         )
         correct1, correct2 = ((1 - beta**count).to(grad.dtype) for beta in (self.beta1, self.beta2))
-        rate = (group.lr * self._warmup()).to(grad.dtype) * live
+        if self.hyper:
+            self._adapt(group, live)
+        rate = (group.rate * self._warmup()).to(grad.dtype) * live
         group.second.lerp_(grad.square(), (1 - self.beta2) * live)
         scale = (group.second / correct2).sqrt_().add_(self.eps)
         if self.laprop:
@@ -157,7 +173,20 @@ class Optimizer:
             group.first.lerp_(grad, (1 - self.beta1) * live)
             move = (group.first / correct1).div_(scale).mul_(rate)
         group.data.sub_(move)
+        if self.hyper:
+            group.last.copy_(torch.where(ok, move, group.last))
         return move.square_().sum()
+
+    def _adapt(self, group: Group, live: Float[Tensor, ""]) -> None:
+        """One step of the group's own learning rate, from the clipped gradient and the movement before."""
+        product = torch.dot(group.grad, group.last)
+        cosine = product / (group.grad.norm() * group.last.norm()).clamp(min=torch.finfo(group.grad.dtype).tiny)
+        warm = (self.updates > self.warmup).to(live.dtype)
+        group.log_gain.add_(self.hyper * cosine * live * warm).clamp_(-self.hyper_limit, self.hyper_limit)
+
+    def rates(self) -> dict[str, Float[Tensor, ""]]:
+        """Each group's learning rate by now, without warmup."""
+        return {key: group.rate for key, group in self.groups.items()}
 
     def _warmup(self) -> Float[Tensor, ""]:
         return ((self.updates - 1) / self.warmup).clamp(0, 1) if self.warmup else torch.ones_like(self.updates)
@@ -175,6 +204,9 @@ class Optimizer:
         def named(group: Group, flat: Tensor) -> dict[str, Tensor]:
             return {name: v.clone() for name, v in zip(group.names, group.split(flat), strict=True)}
 
+        def adapted(group: Group) -> dict:
+            return {"log_gain": group.log_gain.clone(), "last": named(group, group.last)} if self.hyper else {}
+
         return {
             "updates": self.updates.clone(),
             "bad": self.bad.clone(),
@@ -184,6 +216,7 @@ class Optimizer:
                 key: {
                     "lr": g.lr.clone(),
                     "extra": g.extra.clone(),
+                    **adapted(g),
                     "first": named(g, g.first),
                     "second": named(g, g.second),
                 }
@@ -202,6 +235,9 @@ class Optimizer:
             group.extra.copy_(saved.get("extra", 0.0))
             if rates:
                 group.lr.copy_(saved["lr"])
-            for moment in ("first", "second"):
+            if self.hyper and "log_gain" in saved:
+                group.log_gain.copy_(saved["log_gain"])
+            moments = ("first", "second", "last") if self.hyper and "last" in saved else ("first", "second")
+            for moment in moments:
                 for name, view in zip(group.names, group.split(getattr(group, moment)), strict=True):
                     view.copy_(saved[moment][name])

@@ -313,3 +313,87 @@ def test_gradients_do_not_pile_up():
         for key, group in params.items():
             for name, p in group.items():
                 np.testing.assert_allclose(p.grad, wanted[key][name], rtol=1e-12)
+
+
+# Rates that adapt themselves
+
+
+def test_a_hypergradient_rate_by_hand():
+    """ln α += κ cos(g_t, u_{t-1}), over the whole group; u is what the group last moved by."""
+    params, kappa = make_params(), 0.01
+    optimizer = make(params, warmup=0, agc=0.0, hyper=kappa)
+    log_gain, last = dict.fromkeys(params, 0.0), {}
+    for wanted in gradients(params, 6):
+        before = flat(params)
+        optimizer.step(loss_with(params, wanted))
+        for key, group in params.items():
+            grad = np.concatenate([wanted[key][name].flatten() for name in group])
+            if key in last:
+                log_gain[key] += kappa * grad @ last[key] / (np.linalg.norm(grad) * np.linalg.norm(last[key]))
+            moved = [(before[f"{key}.{n}"] - p.detach()).flatten() for n, p in group.items()]
+            last[key] = torch.cat(moved).numpy()
+            assert float(optimizer.groups[key].log_gain) == pytest.approx(log_gain[key], abs=1e-7), key
+            assert float(optimizer.rates()[key]) == pytest.approx(RATES[key] * np.exp(log_gain[key]), rel=1e-6)
+    assert len({round(gain, 9) for gain in log_gain.values()}) == 3  # each its own
+
+
+def quadratic(rate: float, hyper: float = 0.0, noise: float = 0.0, steps: int = 1500) -> float:
+    """What is left of a badly conditioned quadratic, averaged over the last tenth; `noise` of its gradients."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(-1, 1, 10, dtype=torch.float64)
+    weight = nn.Parameter(torch.randn(10, generator=generator, dtype=torch.float64))
+    optimizer = Optimizer({"world": ([("weight", weight)], rate)}, warmup=0, agc=0.0, hyper=hyper, hyper_limit=1e6)
+    losses = []
+    for _ in range(steps):
+        loss = (scales * weight**2).sum()
+        losses.append(loss.item())
+        optimizer.step(loss + noise * (torch.randn(10, generator=generator, dtype=torch.float64) * weight).sum())
+    return float(np.mean(losses[-steps // 10 :]))
+
+
+def test_hypergradient_rates_end_as_well_as_the_best_fixed_one_from_far_below_and_above():
+    """At the minimum, to 1e-12 of the start's loss of about 10. Fixed, the lower rate would still be far from it."""
+    best = min(quadratic(rate) for rate in np.geomspace(1e-3, 1e-2, 3))
+    for start in (1e-4, 1e-1):
+        assert quadratic(start, hyper=0.02) + 1e-11 < 1.2 * (best + 1e-11), start
+    assert quadratic(1e-4) > 5
+
+
+def test_hypergradient_rates_find_their_way_in_noise():
+    """There is a floor that depends on the rate: they come near it from both sides, fixed ones stay far."""
+    low, high = (quadratic(start, hyper=0.01, noise=0.3) for start in (1e-4, 1e-1))
+    fixed_low, fixed_high = (quadratic(start, noise=0.3) for start in (1e-4, 1e-1))
+    assert low < fixed_low / 100 and high < fixed_high / 1.5
+
+
+def test_hypergradient_rates_stay_in_bounds_wait_for_the_warmup_and_ignore_bad_updates():
+    params = make_params()
+    optimizer = make(params, warmup=5, hyper=0.5, hyper_limit=3.0)
+    wanted = gradients(params, 1)[0]
+    for step in range(30):
+        optimizer.step(loss_with(params, wanted))
+        gains = [float(group.log_gain) for group in optimizer.groups.values()]
+        assert all(gain == 0 for gain in gains) == (step < 5)
+    assert gains == pytest.approx([np.log(3.0)] * 3)  # the same gradient again and again
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.step(loss_with(params, wanted) * torch.nan)
+    for key, group in optimizer.state_dict()["groups"].items():
+        assert group["log_gain"] == state["groups"][key]["log_gain"]
+        assert all(torch.equal(group["last"][n], state["groups"][key]["last"][n]) for n in group["last"])
+
+
+def test_hypergradient_rates_resume():
+    params, again = make_params(), make_params()
+    one, two = (make(group, warmup=0, hyper=0.01) for group in (params, again))
+    steps = gradients(params, 6)
+    for wanted in steps[:3]:
+        one.step(loss_with(params, wanted))
+    for key, group in params.items():
+        for name, p in group.items():
+            again[key][name].data.copy_(p.data)
+    two.load_state_dict(one.state_dict(), rates=False)
+    for wanted in steps[3:]:
+        one.step(loss_with(params, wanted))
+        two.step(loss_with(again, wanted))
+    assert same(flat(params), flat(again))
+    assert all(torch.equal(one.rates()[key], two.rates()[key]) for key in RATES)
