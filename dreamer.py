@@ -35,6 +35,7 @@ from episodes import infer_spaces
 from errors import UserError
 from exploration import Random, make_explorer, task_rewards
 from feed import Feed
+from hierarchy import Hierarchy
 from logger import disk_errors
 from modalities import ModalityConfig, vector
 from models import ImagBehavior, WorldModel, total_loss
@@ -86,8 +87,14 @@ class Dreamer(nn.Module):
         sizes = (self.world_model.rssm.feat_size, self.action_size, self.classes)
         options = shared | {key: config[key] for key in sections}
 
-        def behave(kind: type[ImagBehavior] = ImagBehavior, **streams) -> ImagBehavior:
-            return kind(*sizes, **options, **streams)
+        def behave(kind: type[ImagBehavior] = ImagBehavior, **streams) -> ImagBehavior | Hierarchy:
+            if config.behavior == "actor_critic":
+                return kind(*sizes, **options, **streams)
+            if kind is not ImagBehavior:
+                raise UserError("expl_behavior: diayn's skills and a hierarchy's goals exclude each other.")
+            unused = ("imag_gradient", "imag_gradient_mix")
+            own = {key: value for key, value in options.items() if key not in unused}
+            return Hierarchy(*sizes, deter=self.world_model.rssm.deter, **own, **config.hier, **streams)
 
         self.behavior = behave(rewards=task_rewards(self.world_model, self.action_size, self.classes, config))
         self.explorer = make_explorer(behave, self.world_model, self.action_size, self.classes, config)
@@ -119,7 +126,8 @@ class Dreamer(nn.Module):
 
         world, actors, critics, rewards = of("world_model", self.world_model), [], [], []
         for prefix, behavior in self.behaviors.items():
-            actors += of(f"{prefix}actor", behavior.actor)
+            for name, actor in behavior.actors.items():
+                actors += of(f"{prefix}{name}", actor)
             for name, stream in behavior.streams.items():
                 critics += of(f"{prefix}streams.{name}.critic", stream.critic)
             for name, reward in behavior.intrinsic.items():
@@ -143,6 +151,8 @@ class Dreamer(nn.Module):
             del scales["rec"]
         if not any(reward.learns for behavior in self.behaviors.values() for reward in behavior.intrinsic.values()):
             del scales["intrinsic"]
+        if not any(isinstance(behavior, ImagBehavior) for behavior in self.behaviors.values()):
+            del scales["repval"]  # a manager's values are of chunks, a worker's of goals: neither is on the replay
         return scales
 
     @property
@@ -373,6 +383,9 @@ class Draw:
         """`extra` numbers of the same noise join each action's."""
         return self._noise((*lead, self._action + extra), self._gumbel["action"])
 
+    def gumbel(self, *shape: int) -> Tensor:
+        return self._noise(shape, True)
+
     def uniform(self, *shape: int) -> Tensor:
         return torch.empty(shape, device=self.generator.device).uniform_(generator=self.generator)
 
@@ -519,7 +532,7 @@ class Trainer:
         modules |= {"decoder": agent.world_model.decoder, "reward": agent.world_model.reward}
         modules |= {"cont": agent.world_model.cont}
         for prefix, behavior in agent.behaviors.items():
-            modules |= {f"{prefix}actor": behavior.actor}
+            modules |= {f"{prefix}{name}": actor for name, actor in behavior.actors.items()}
             modules |= {f"{prefix}critic ({name})": stream.critic for name, stream in behavior.streams.items()}
             modules |= {f"{prefix}reward ({name})": reward for name, reward in behavior.intrinsic.items()}
         log.info("Parameters:\n" + tools.parameter_table(modules))

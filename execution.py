@@ -30,7 +30,7 @@ def prepare(agent, compile: bool = False, graph: bool = False) -> None:
             world_model.rssm.stride = 4  # calls cost more than the longer compilation
         parts = [(world_model.rssm, "_obs_steps"), (world_model.rssm, imagined), (world_model, "score")]
         parts += [(agent, "_act")] + ([(agent, "_act_exploring")] if agent.explorer else [])
-        for behavior in agent.behaviors.values():
+        for behavior in agent.behaviors.values():  # of one class or another, alike in this
             parts += [(behavior, "_act_and_score"), (behavior, "learn")]
             parts += [(reward, "loss") for reward in behavior.intrinsic.values()]
         for owner, name in parts:

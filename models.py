@@ -357,6 +357,10 @@ class ImagBehavior(nn.Module):
         )
 
     @property
+    def actors(self) -> dict[str, Actor]:
+        return {"actor": self.actor}
+
+    @property
     def intrinsic(self) -> dict[str, Intrinsic]:
         """The intrinsic rewards of the streams."""
         return {name: stream.reward for name, stream in self.streams.items() if isinstance(stream.reward, Intrinsic)}
@@ -400,7 +404,7 @@ class ImagBehavior(nn.Module):
             post: posterior states [B, T, ...]: starts of imagination without gradient, the replay value loss with it.
             noise: as in `WorldModel.imagine`.
         """
-        losses, metrics = self._replayed(world_model, post, batch, noise) if self.intrinsic else ({}, {})
+        losses, metrics = replayed(self.intrinsic, world_model, post, batch, noise)
         starts = self.starts(batch["reward"].shape[1])
         post = {key: post[key][:, -starts:] for key in ("deter", "stoch")}
         batch = {key: batch[key][:, -starts:] for key in ("reward", "is_last", "is_terminal")}
@@ -473,17 +477,6 @@ class ImagBehavior(nn.Module):
         }
         return losses, metrics, {"advantage": advantage.detach(), "weight": weight, "returns": returns}
 
-    def _replayed(self, world_model: WorldModel, post: State, batch: dict, noise: dict) -> tuple[Losses, Metrics]:
-        """What the intrinsic rewards learn from replayed states."""
-        still, losses, metrics = {key: value.detach() for key, value in post.items()}, {}, {}
-        for name, reward in self.intrinsic.items():
-            with frozen(world_model):
-                found = reward.loss(world_model, still, batch, noise.get(name, {}))
-            if found is not None:
-                losses[f"intrinsic/{name}"] = found[0]
-                metrics |= {f"intrinsic/{key}": value for key, value in found[1].items()}
-        return losses, metrics
-
     def after_step(self) -> None:
         """Call after every optimizer step: the slow critics follow."""
         for stream in self.streams.values():
@@ -547,6 +540,21 @@ class ImagBehavior(nn.Module):
             f"policy/value{suffix}": value.mean(),
             f"policy/reward{suffix}": reward.mean(),
         }
+
+
+def replayed(
+    rewards: Mapping[str, Intrinsic], world_model: WorldModel, post: State, batch: dict, noise: dict
+) -> tuple[Losses, Metrics]:
+    """What intrinsic rewards learn from replayed states: losses `intrinsic/<name>` [B, ...], and metrics."""
+    losses, metrics = {}, {}
+    still = {key: value.detach() for key, value in post.items()}
+    for name, reward in rewards.items():
+        with frozen(world_model):
+            found = reward.loss(world_model, still, batch, noise.get(name, {}))
+        if found is not None:
+            losses[f"intrinsic/{name}"] = found[0]
+            metrics |= {f"intrinsic/{key}": value for key, value in found[1].items()}
+    return losses, metrics
 
 
 def total_loss(losses: Losses, scales: Mapping[str, float]) -> Float[Tensor, ""]:
