@@ -7,6 +7,7 @@ reaching what the autoencoder does not know yet, and any intrinsic rewards. The 
 what a code means drifts while the world model learns; only the code is carried on.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -63,7 +64,7 @@ class GoalAutoencoder(Intrinsic):
         deter = full_precision(post["deter"])
         code = self.encode(deter)
         error = (self.decode(code.sample(noise["code"]).flatten(-2)) - deter).square().sum(-1)
-        kl = (code.probs * (code.log_probs - code.log_probs.new_tensor(1 / self.classes).log())).sum((-2, -1))
+        kl = (code.probs * (code.log_probs + math.log(self.classes))).sum((-2, -1))
         loss = error + self.beta.clone() * kl
         with torch.no_grad():
             mean = kl.mean()

@@ -3,7 +3,13 @@
 Most run in a toy world whose latent state is known: `ToyWorld` has the cell of a grid as its stochastic state.
 """
 
+import json
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,6 +33,7 @@ from exploration import (
 )
 from models import Intrinsic
 
+ROOT = Path(__file__).resolve().parent.parent
 HEAD = {"layers": 1, "units": 32, "dist": "symexp_twohot", "bins": 255, "outscale": 0.0}
 ACTIONS = len(MOVES)
 
@@ -573,3 +580,21 @@ def test_a_checkpoint_brings_the_explorer_back():
 def test_mistakes_are_told(flags, message):
     with pytest.raises(UserError, match=message):
         make_agent(*flags)
+
+
+def test_the_example_of_the_documentation_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "behaviours.md").read_text(), re.DOTALL)
+    assert len(code[code.index("class ") : code.index("register_reward(")].splitlines()) <= 50
+    file = tmp_path / "novelty.py"
+    file.write_text(code.replace("logdir/novelty", str(tmp_path / "run")))
+    done = subprocess.run(
+        [sys.executable, file],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any("intrinsic/novelty" in row and "explorer/reward/novelty" in row for row in last)

@@ -87,8 +87,15 @@ def episodes(tmp_path_factory) -> Path:
     return folder
 
 
-def test_offline_run_killed_and_resumed_equals_uninterrupted(episodes, tmp_path):
-    flags = "--configs debug --task none --device cpu --threads 1 --train_ratio 32 --steps 120 --log_every 20".split()
+EVERYTHING = (
+    "--configs debug hierarchical --imag_horizon 8 --hier.every 4 --hier.goal.units 16 --metagrad hypergradient "
+)
+EVERYTHING += "--expl_behavior plan2explore --expl_streams icm:0.1,empowerment:0.1,rnd:0.1 --opt.warmup 0"
+
+
+@pytest.mark.parametrize("own", ["--configs debug", EVERYTHING], ids=["plain", "every behaviour"])
+def test_offline_run_killed_and_resumed_equals_uninterrupted(own, episodes, tmp_path):
+    flags = f"{own} --task none --device cpu --threads 1 --train_ratio 32 --steps 120 --log_every 20".split()
     flags += f"--save_every 30 --eval_every 40 --offline_traindir {episodes} --offline_evaldir {episodes}".split()
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(start(*flags, "--logdir", whole))
