@@ -208,7 +208,7 @@ FREE = (
     *("mode", "checkpoint", "episodes", "logdir", "force", "steps"),
     *("device", "precision", "compile", "graph", "checkpointing", "threads", "deterministic_run"),
     *("envs", "eval_envs", "parallel", "dataset_size", "replay_device", "evaldir", "offline_evaldir"),
-    *("log_every", "eval_every", "eval_episode_num", "eval_sample", "save_every", "video_pred_log"),
+    *("log_every", "eval_every", "eval_episode_num", "eval_sample", "save_every", "save_best", "video_pred_log"),
     *("tensorboard", "wandb", "wandb_project", "log_level"),
 )
 
@@ -274,7 +274,7 @@ class Config(Mapping):
 
     def flat(self) -> dict[str, Any]:
         """All settings by their dotted names: `{'encoder.units': 256, ...}`."""
-        return _flatten(self)
+        return flatten(self)
 
     def replace(self, /, **changes: Any) -> Config:
         """A copy with other values, checked as in `load`: `config.replace(**{'encoder.units': 64})`."""
@@ -322,10 +322,10 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
     return flat
 
 
@@ -494,13 +494,13 @@ class _Schema:
     """The keys that `defaults` defines: finds them by what was written, and reads their values."""
 
     def __init__(self, defaults: Mapping[str, Any]):
-        self.flat = _flatten(defaults)
+        self.flat = flatten(defaults)
         self.sections = {path[:i] for path in self.flat for i, letter in enumerate(path) if letter == "."}
 
     def settings(self, block: Mapping[str, Any], where: str) -> dict[str, Any]:
         """The settings of a (nested) block, by full name; its globs are expanded and its values checked."""
         settings = {}
-        for name, value in _flatten(block).items():
+        for name, value in flatten(block).items():
             try:
                 for path in self.find(name, "{}"):
                     settings[path] = self.parse(path, value, f"{path}: {_show(value)}")
@@ -821,7 +821,7 @@ class _Style:
 def help_text(file: str | os.PathLike = CONFIGS, style: _Style | None = None) -> str:
     """Usage, the blocks, and every key with its default and its comment."""
     style = style or _Style()
-    defaults = _flatten(_read_blocks(Path(file))["defaults"])
+    defaults = flatten(_read_blocks(Path(file))["defaults"])
     groups = _key_comments(Path(file).read_text(encoding="utf-8"), defaults)
     widths = (max(len(path) for path in defaults) + 2, 18)
     lines = [
@@ -856,7 +856,7 @@ def blocks_text(file: str | os.PathLike = CONFIGS, style: _Style | None = None) 
     for title, comments in groups.items():
         lines += [f"  {style.dim(title)}"] if title else []
         for name, comment in comments.items():
-            text = comment or ", ".join(f"{key} {_show(value)}" for key, value in _flatten(blocks[name]).items())
+            text = comment or ", ".join(f"{key} {_show(value)}" for key, value in flatten(blocks[name]).items())
             lines.append(style.row((name,), (width,), text))
     return "\n".join(lines)
 

@@ -422,6 +422,7 @@ class Trainer:
         # Agent steps from which updates are owed; what an earlier session stored counts from the end of the prefill.
         self.train_start = config.prefill if self.replay.steps >= config.prefill else None
         self.last_return, self.evaluated_at, self.told_short = None, None, False
+        self.best = -math.inf  # of the evaluations' mean returns
         self.metrics, self.episode_metrics = tools.Metrics(), tools.Metrics()
         self.pending = None  # latents of the latest update, written back while the device works on the next
         self.shutdown = tools.Shutdown()
@@ -721,6 +722,9 @@ class Trainer:
                 log.info(f"Evaluation return: {mean:.1f} ± {std:.1f} over {len(returns)} episodes")
                 self.logger.scalars({"eval/return": mean, "eval/return_std": std, "eval/length": np.mean(lengths)})
                 self.logger.scalars({f"eval/{name}": np.mean(values) for name, values in entries.items()})
+                if self.config.save_best and mean > self.best:
+                    self.best = float(mean)
+                    self.save("best_model.pt")
             if video is not None:
                 self.logger.video("eval/episode", video)
         if config.video_pred_log and self.eval_replay and self.eval_replay.windows and not self.shutdown.requested:
@@ -760,8 +764,8 @@ class Trainer:
         self.logger.scalars(scalars)
         self.logger.write(self.frames, fps=True)
 
-    def save(self) -> bool:
-        """Data first, then `latest.pt`, so that a checkpoint is never ahead of the data it counts. False: not saved."""
+    def save(self, name: str = "latest.pt") -> bool:
+        """Data first, then the checkpoint, so that it is never ahead of the data that it counts. False: not saved."""
         self._write_latents()
         if not self.offline:
             self.replay.flush()
@@ -775,9 +779,9 @@ class Trainer:
             self.replay.forget_latents()
         counters = {"frames": self.frames, "agent_steps": self.replay.steps, "updates": self.updates}
         counters |= {"episodes": self.episodes, "train_start": self.train_start, "evaluated_at": self.evaluated_at}
-        counters |= {"last_return": self.last_return}
+        counters |= {"last_return": self.last_return, "best": self.best}
         tools.save_checkpoint(
-            self.logdir / "latest.pt",
+            self.logdir / name,
             {
                 "format": 1,
                 "config": self.config.flat(),
@@ -794,8 +798,10 @@ class Trainer:
 
     def _resume(self) -> bool:
         """Restores `latest.pt`, or else the weights of `checkpoint`, if given. True if anything here goes on."""
-        path = self.logdir / "latest.pt"
-        if path.exists() and self.config.checkpoint:
+        path, given = self.logdir / "latest.pt", self.config.checkpoint and Path(self.config.checkpoint)
+        if given and given.exists() and given.parent.resolve() == self.logdir.resolve():
+            path, given = given, None  # one of its own, such as the best
+        if path.exists() and given:
             log.warning(f"{path} is resumed; checkpoint ({self.config.checkpoint}) only starts a new logdir.")
         if not path.exists():
             if self.config.checkpoint:
@@ -810,6 +816,10 @@ class Trainer:
         self.evaluated_at = counters["evaluated_at"]
         if counters["train_start"] is not None:  # else the checkpoint is from the prefill: what came after it counts
             self.train_start = counters["train_start"]
+            if path.name != "latest.pt":  # what was learned since then from newer data is not caught up on
+                trained = (self.updates - self.config.pretrain) * self.trained_steps / self.config.train_ratio
+                self.train_start = self.replay.steps - math.ceil(trained)
+        self.best = counters.get("best", -math.inf)
         self.metrics.load_state(state["metrics"]["updates"], self.device)
         self.episode_metrics.load_state(state["metrics"]["episodes"], "cpu")
         self.random.load_state(state["exploration"])
@@ -825,6 +835,9 @@ class Trainer:
         if hasattr(self, "logger"):
             self.logger.close()
         self.lock.close()
+
+
+DreamerV3Trainer = Trainer
 
 
 def load_run(path: str | Path) -> dict:
@@ -973,14 +986,19 @@ def _observed_in_training(trained: Config, envs: VectorEnv) -> dict:
     return space
 
 
-def main(config: Config, modalities: Mapping[str, ModalityConfig] | None = None) -> None:
-    """Trains, or evaluates. `modalities`: see `Dreamer`; for what a program in Python selects."""
+def prepare(config: Config) -> None:
+    """What concerns the process as a whole: its log, seeds, threads and memory."""
     tools.setup_logging(config.log_level, None if config.mode == "eval" else resolve_paths(config).logdir)
     tools.seed_everything(config.seed)
     tools.set_threads(config.threads)
     tools.keep_freed_memory()
     if config.deterministic_run:
         tools.enable_deterministic_run()
+
+
+def main(config: Config, modalities: Mapping[str, ModalityConfig] | None = None) -> None:
+    """Trains, or evaluates. `modalities`: see `Dreamer`; for what a program in Python selects."""
+    prepare(config)
     if config.mode == "eval":
         evaluate_checkpoint(config, modalities)
         return
@@ -992,17 +1010,22 @@ def main(config: Config, modalities: Mapping[str, ModalityConfig] | None = None)
 
 
 def cli(config: Config) -> int:
-    """Exit status: 0, or 1 with one line that says what is wrong."""
+    """The front door, past its flags."""
+    return guarded(main, config)
+
+
+def guarded(function: Callable, *args, advice: str = "") -> int:
+    """Runs a front door. Exit status: 0, or 1 with one line that says what is wrong; `advice` joins that on memory."""
     try:
-        main(config)
+        function(*args)
     except USER_ERRORS as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:
-        advice = tools.out_of_memory_help(error)
-        if advice is None:
+        found = tools.out_of_memory_help(error)
+        if found is None:
             raise
-        print(f"Error: {advice}", file=sys.stderr)
+        print(f"Error: {found} {advice}".rstrip(), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

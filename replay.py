@@ -1026,3 +1026,6 @@ def _share(lengths: list[int], room: int) -> list[int]:
         shares[index] = min(lengths[index], room // (len(lengths) - done))
         room -= shares[index]
     return shares
+
+
+SequenceReplayBuffer = Replay
