@@ -1,0 +1,179 @@
+"""The second front door: what a JSON file's keys set, sweeps, environments of the user's own, checkpoints."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import config as configuration
+import run_dreamer
+from errors import UserError
+from run_dreamer import expand, read, translate
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = sorted((ROOT / "configs").glob("*.json"))
+DEBUG = {"configs": ["debug"], "task": "gym_CartPole-v1", "device": "cpu", "steps": 150, "eval_every": 70}
+DEBUG |= {"video_pred_log": False, "threads": 1}
+
+
+def run(folder: Path, settings: dict, *flags: str, status: int = 0) -> subprocess.CompletedProcess:
+    file = folder / "settings.json"
+    file.write_text(json.dumps(settings))
+    command = [sys.executable, str(ROOT / "run_dreamer.py"), "--config", str(file), *map(str, flags)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-2000:]
+    return done
+
+
+def rows(logdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_keys_and_what_they_set():
+    settings = {"batch_size": 3, "seq_len": 20, "world_lr": 1e-3, "actor_lr": 2e-3, "kl_scale": 2, "free_nats": 0.5}
+    config = translate(settings | {"clip_ratio": 0.1, "use_wandb": True, "dyn.deter": 64, "horizon": 99}, "somewhere")
+    assert (config.batch_size, config.batch_length, config.kl_free, config.ppo.clip) == (3, 20, 0.5, 0.1)
+    assert (config.opt.lr, config.opt.actor_lr, config.opt.critic_lr) == (1e-3, 2e-3, 2e-3)
+    assert (config.loss_scales.dyn, config.loss_scales.rep) == (2.0, 0.2)
+    assert config.wandb and config.save_best and config.logdir == "somewhere"
+    assert (config.dyn.deter, config.horizon) == (64, 99)
+    for order in (1, -1):
+        both = dict([("critic_lr", 4e-3), ("actor_lr", 2e-3)][::order])
+        assert translate(both, "x").opt.critic_lr == 4e-3
+    assert translate({"kl_scale": 3, "loss_scales.dyn": 0.5}, "x").loss_scales.dyn == 1.5
+
+
+def test_nested_and_dotted_keys_are_the_same(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('{"dyn": {"deter": 64, "hidden": 8}, "opt.lr": 1e-3}')
+    assert read(str(file)) == {"dyn.deter": 64, "dyn.hidden": 8, "opt.lr": 1e-3}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", None], ids=["broken", "a list", "missing"])
+def test_files_that_are_none(text, tmp_path):
+    file = tmp_path / "a.json"
+    if text:
+        file.write_text(text)
+    with pytest.raises(UserError, match="expected a JSON object"):
+        read(str(file))
+
+
+def test_a_misspelt_key_is_named():
+    with pytest.raises(UserError, match="batch_sise"):
+        translate({"batch_sise": 3}, "x")
+
+
+def test_lists_are_sweeps_but_where_a_list_is_the_value():
+    settings = {"seed": [0, 1], "opt.lr": [1e-3, 1e-4, 1e-5], "configs": ["debug"], "image_size": [16, 16]}
+    trials = expand(settings)
+    assert len(trials) == 6 and all(trial["configs"] == ["debug"] for trial in trials)
+    assert {(trial["seed"], trial["opt.lr"]) for trial in trials} == {
+        (s, r) for s in (0, 1) for r in (1e-3, 1e-4, 1e-5)
+    }
+    assert all(trial["image_size"] == [16, 16] for trial in trials)
+    assert [trial["image_size"] for trial in expand({"image_size": [[16, 16], [32, 32]]})] == [[16, 16], [32, 32]]
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_are_valid(file):
+    trials = expand(read(str(file)))
+    for trial in trials:
+        assert isinstance(translate(trial, "x"), configuration.Config)
+        assert not {"obs_dim", "action_dim"} & trial.keys()
+    assert len(trials) == (9 if file.stem == "experiment" else 1)
+
+
+def test_the_default_is_the_whole_system():
+    assert [path.stem for path in SHIPPED] == ["default", "experiment", "small_batch"]
+    config = translate(read(str(ROOT / "configs" / "default.json")), "x")
+    assert config.task == "dmc_cartpole_swingup" and config.dmc.proprio and not config.dmc.image
+    assert config.behavior == "hierarchical" and config.actor_objective == "ppo"
+    assert "icm" in config.expl_streams and "empowerment" in config.expl_streams
+    assert config.metagrad == "hypergradient"
+
+
+def test_the_whole_system_trains_saves_and_resumes(tmp_path):
+    """In debug size; `embed_dim` is the width of what each kind's encoder gives."""
+    settings = json.loads((ROOT / "configs" / "default.json").read_text())
+    settings["configs"] += ["debug"]
+    settings |= {"task": "gym_CartPole-v1", "device": "cpu", "steps": 150, "eval_every": 70, "embed_dim": 20}
+    settings |= {"batch_size": 4, "seq_len": 8, "imag_horizon": 8, "video_pred_log": False, "threads": 1}
+    settings |= {"action_repeat": 1, "log_every": 40}
+    run(tmp_path, settings)
+    logdir = tmp_path / "checkpoints"
+    latest, best = (torch.load(logdir / name, weights_only=True) for name in ("latest.pt", "best_model.pt"))
+    assert {"config", "counters", "world_model", "behavior", "optimizer"} <= latest.keys()
+    assert any(value.shape[-1] == 20 for key, value in latest["world_model"].items() if "encoder" in key)
+    evals = {row["step"]: row["eval/return"] for row in rows(logdir) if "eval/return" in row}
+    assert best["counters"]["best"] == max(evals.values()) == latest["counters"]["best"]
+    logged = set().union(*rows(logdir))
+    assert {"episode/return", "episode/length", "world/recon_loss", "world/kl_loss", "policy/policy_loss"} <= logged
+    assert {"intrinsic/icm_loss", "intrinsic/empowerment", "meta/lr", "meta/lr_actor"} <= logged
+    done = run(tmp_path, settings, "--checkpoint", "checkpoints/best_model.pt", "--steps", 200)
+    assert f"update {best['counters']['updates']}" in done.stdout + done.stderr
+    again = torch.load(logdir / "latest.pt", weights_only=True)
+    assert again["counters"]["frames"] >= 200
+    # Updates for the new frames alone: those that an older checkpoint lacks are not caught up on.
+    per_frame = 8 / 32
+    assert again["counters"]["updates"] - best["counters"]["updates"] <= per_frame * (200 - 140) + 3
+
+
+@pytest.mark.parametrize(("key", "found"), [("obs_dim", 4), ("action_dim", 2)])
+def test_sizes_that_the_environment_does_not_have(key, found, tmp_path):
+    done = run(tmp_path, DEBUG | {key: 7}, status=1)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error")]
+    assert f"{key} is 7" in line and f"has {found}" in line
+
+
+def test_a_sweep_ends_in_a_table(tmp_path):
+    done = run(tmp_path, DEBUG | {"world_lr": [1e-4, 1e-3], "batch_size": [4, 0]}, "--parallel_trials", 2, status=1)
+    head, *table = done.stdout.strip().splitlines()
+    assert head.split()[:3] == ["trial", "batch_size", "world_lr"] or head.split()[:3] == [
+        "trial",
+        "world_lr",
+        "batch_size",
+    ]
+    assert len(table) == 4
+    for number, line in enumerate(table):
+        logdir = tmp_path / "checkpoints" / f"trial{number:03}"
+        trial = json.loads((logdir / "settings.json").read_text())
+        assert str(trial["world_lr"]) in line
+        if trial["batch_size"]:
+            best = max(row["eval/return"] for row in rows(logdir) if "eval/return" in row)
+            assert f"{best:.4g}" in re.split(r"\s{2,}", line)
+        else:
+            assert "failed" in line and "batch_size" in (logdir / "output.txt").read_text()
+
+
+def test_an_environment_of_ones_own(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import gymnasium\n\ndef create_custom_env():\n    return gymnasium.make('CartPole-v1')\n")
+    run(tmp_path, DEBUG, "--env", "custom", "--env_file", file, "--logdir", "own")
+    assert any("eval/return" in row for row in rows(tmp_path / "own"))
+    file.write_text(
+        "import gymnasium\nfrom envs import register_env\nregister_env('pole', lambda: gymnasium.make('CartPole-v1'))\n"
+    )
+    run(tmp_path, DEBUG, "--env", "pole", "--env_file", file, "--logdir", "named", "--log-level", "WARNING")
+    assert any("eval/return" in row for row in rows(tmp_path / "named"))
+
+
+def test_running_out_of_memory_names_the_small_file(monkeypatch, capsys):
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(run_dreamer, "train", fails)
+    assert run_dreamer.main(["--config", str(ROOT / "configs" / "small_batch.json")]) == 1
+    assert "configs/small_batch.json" in capsys.readouterr().err
+
+
+def test_names_are_those_of_the_parts():
+    from dreamer import Trainer
+    from models import WorldModel
+    from replay import Replay
+
+    assert run_dreamer.DreamerV3Trainer is Trainer
+    assert run_dreamer.SequenceReplayBuffer is Replay and run_dreamer.MultimodalWorldModel is WorldModel
