@@ -874,6 +874,8 @@ def compare_compiled(*flags: str, discrete: bool = False) -> None:
         ("--imag_gradient dynamics", True),
         ("--dyn.discrete 0 --dyn.cell gru", False),
         ("--checkpointing true", True),
+        ("--expl_behavior plan2explore --expl_streams icm:0.1,rnd:0.1,surprise:0.1,empowerment:0.1", False),
+        ("--behavior hierarchical --actor_objective ppo --hier.every 3 --hier.goal.units 16", True),
     ],
 )
 def test_compiled_steps_give_the_same_numbers(flags, discrete):
@@ -982,7 +984,14 @@ def test_what_reads_nothing_is_not_seen():
     assert not found
 
 
-@pytest.mark.parametrize("flags, kind", CASES)
+BEHAVIOURS = (
+    "--expl_behavior plan2explore --expl_extr_scale 0.5 --expl_streams icm:0.1,rnd:0.1,surprise:0.1,empowerment:0.1",
+    "--expl_behavior diayn --actor_objective ppo --metagrad hypergradient",
+    "--behavior hierarchical --actor_objective ppo --imag_horizon 4 --hier.every 2 --expl_streams empowerment:0.1",
+)
+
+
+@pytest.mark.parametrize("flags, kind", [*CASES, *((flags, "continuous") for flags in BEHAVIOURS)])
 def test_no_step_of_training_reads_the_device(flags, kind):
     """Not forwards, not backwards, not in the optimizer: the host runs ahead of the device and never waits for it."""
     agent = make_agent(*flags.split(), act_space=CONTINUOUS if kind == "continuous" else spaces.MultiDiscrete([2, 3]))
