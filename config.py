@@ -129,6 +129,7 @@ RANGES = {
     "hier.manager_horizon": "> 1",
     "hier.novelty": ">= 0",
     "hier.phases": ">= 0, <= 1",
+    "encoder.embed_dim": ">= 1",
     "*.groups": ">= 1",
     "*.classes": ">= 2",
     "*.nats": "> 0",
@@ -201,6 +202,7 @@ NULLABLE = {
     "opt.critic_lr": float,
     "opt.intrinsic_lr": float,
     "disag_units": int,
+    "encoder.embed_dim": int,
 }
 
 # Keys that may differ between a run and its continuation: they change neither what is learned nor what is stored.

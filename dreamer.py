@@ -92,6 +92,10 @@ class Dreamer(nn.Module):
                 return kind(*sizes, **options, **streams)
             if kind is not ImagBehavior:
                 raise UserError("expl_behavior: diayn's skills and a hierarchy's goals exclude each other.")
+            if config.imag_gradient != "reinforce":
+                raise UserError(
+                    f"behavior: hierarchical goes by reinforce or ppo; imag_gradient is {config.imag_gradient}."
+                )
             unused = ("imag_gradient", "imag_gradient_mix")
             own = {key: value for key, value in options.items() if key not in unused}
             return Hierarchy(*sizes, deter=self.world_model.rssm.deter, **own, **config.hier, **streams)
@@ -109,6 +113,7 @@ class Dreamer(nn.Module):
         self.optimizer = self._optimizer(**config.opt, **hyper, scaled=half == torch.float16)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)  # noise of updates
         self.policy_generator = torch.Generator(self.device).manual_seed(config.seed + 1)  # noise of acting
+        self.explorer_generator = torch.Generator(self.device).manual_seed(config.seed + 6)  # of the explorer's updates
         self.autocast = functools.partial(torch.autocast, self.device.type, half or torch.bfloat16, enabled=bool(half))
         execution.prepare(self, config.compile, config.graph)
 
@@ -256,8 +261,8 @@ class Dreamer(nn.Module):
         optimized = self.optimizer.step(loss)
         if self.ppo:
             rollouts = [rollout for behavior in self.behaviors.values() for rollout in behavior.rollouts]
-            with self.autocast():
-                moved = ppo.improve(rollouts, self.optimizer, noise["order"], self.loss_scales, **self.ppo)
+            options = self.ppo | {"autocast": self.autocast}
+            moved = ppo.improve(rollouts, self.optimizer, noise["order"], self.loss_scales, **options)
             metrics |= {f"policy/ppo_{key}": value for key, value in moved.items()}
         if self.adapts:
             metrics |= {
@@ -279,7 +284,10 @@ class Dreamer(nn.Module):
                 still = {key: value.detach() for key, value in post.items()}
                 own, own_metrics = self.explorer.loss(self.world_model, still, batch, noise["explorer"])
                 more |= {aside(key): value for key, value in own.items()}
-                more_metrics |= {key.replace("policy/", "explorer/"): value for key, value in own_metrics.items()}
+                own_metrics = {key.replace("policy/", "explorer/"): value for key, value in own_metrics.items()}
+                # A hierarchy's autoencoder learns here and there.
+                both = more_metrics.keys() & own_metrics.keys()
+                more_metrics |= {f"explorer/{key}" if key in both else key: x for key, x in own_metrics.items()}
         return losses | more, post, metrics | more_metrics
 
     def draw_noise(self, batch: int, time: int) -> dict:
@@ -294,7 +302,7 @@ class Dreamer(nn.Module):
         if self.ppo:
             noise["order"] = draw.uniform(self.epochs - 1, batch * self.behavior.starts(time))
         if self.explorer:
-            noise["explorer"] = self.explorer.draw_noise(batch, time, draw)
+            noise["explorer"] = self.explorer.draw_noise(batch, time, self._draw(self.explorer_generator))
         return noise
 
     def _draw(self, generator: torch.Generator) -> "Draw":
@@ -331,8 +339,12 @@ class Dreamer(nn.Module):
             "behavior": self.behavior.state_dict(),
             **({"explorer": self.explorer.state_dict()} if self.explorer else {}),
             "optimizer": self.optimizer.state_dict(),
-            "generators": {"update": self.generator.get_state(), "policy": self.policy_generator.get_state()},
+            "generators": {name: generator.get_state() for name, generator in self._generators().items()},
         }
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        own = {"update": self.generator, "policy": self.policy_generator}
+        return own | ({"explorer": self.explorer_generator} if self.explorer else {})
 
     def restore(self, state: dict, weights_only: bool = False) -> None:
         """Loads `checkpoint()`. With `weights_only` the optimizer and the generators stay as they are.
@@ -350,7 +362,7 @@ class Dreamer(nn.Module):
         if not weights_only:
             # The rates are the configuration's, which a resumed run may change (--force true --opt.lr ...).
             self.optimizer.load_state_dict(state["optimizer"], rates=False)
-            for generator, key in ((self.generator, "update"), (self.policy_generator, "policy")):
+            for key, generator in self._generators().items():
                 try:
                     generator.set_state(state["generators"][key].cpu())
                 except RuntimeError:
@@ -360,7 +372,7 @@ class Dreamer(nn.Module):
 def aside(loss: str) -> str:
     """The name of a loss of the explorer beside that of the task: policy to policy/explorer."""
     head, *rest = loss.split("/")
-    return loss if head == "intrinsic" else "/".join((head, "explorer", *rest))
+    return "/".join((head, "explorer", *rest))
 
 
 class Draw:
@@ -723,8 +735,9 @@ class Trainer:
                 self.logger.scalars({"eval/return": mean, "eval/return_std": std, "eval/length": np.mean(lengths)})
                 self.logger.scalars({f"eval/{name}": np.mean(values) for name, values in entries.items()})
                 if self.config.save_best and mean > self.best:
-                    self.best = float(mean)
-                    self.save("best_model.pt")
+                    before, self.best = self.best, float(mean)
+                    if not self.save("best_model.pt"):
+                        self.best = before
             if video is not None:
                 self.logger.video("eval/episode", video)
         if config.video_pred_log and self.eval_replay and self.eval_replay.windows and not self.shutdown.requested:
@@ -819,7 +832,10 @@ class Trainer:
             if path.name != "latest.pt":  # what was learned since then from newer data is not caught up on
                 trained = (self.updates - self.config.pretrain) * self.trained_steps / self.config.train_ratio
                 self.train_start = self.replay.steps - math.ceil(trained)
-        self.best = counters.get("best", -math.inf)
+        best = self.logdir / "best_model.pt"
+        known = [counters.get("best", -math.inf)]
+        known += [load_run(best)["counters"]["best"]] if self.config.save_best and best.exists() else []
+        self.best = max(known)  # the best may be newer than the latest
         self.metrics.load_state(state["metrics"]["updates"], self.device)
         self.episode_metrics.load_state(state["metrics"]["episodes"], "cpu")
         self.random.load_state(state["exploration"])

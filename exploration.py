@@ -416,7 +416,7 @@ class Diversity(Intrinsic):
         self.discriminator = mlp(world_model.rssm.stoch_size, skills, units, layers)
 
     def imagined_loss(self, world_model: WorldModel, traj: dict[str, Tensor]) -> tuple[Tensor, Metrics]:
-        told = self._told(world_model, traj)
+        told = self._told(world_model, {key: traj[key].detach() for key in ("feat", "seen")})
         return -told, {"diayn_loss": -told.detach().mean()}
 
     def forward(self, world_model: WorldModel, traj: dict[str, Tensor]) -> Float[Tensor, "n h"]:

@@ -151,11 +151,17 @@ class Hierarchy(nn.Module):
         rewards: Mapping[str, tuple[Callable, float]] | None = None,
     ):
         super().__init__()
+        taken = {"novelty", "worker"} & dict(rewards or {}).keys()
+        if taken:
+            raise UserError(
+                f"A hierarchy has a stream '{taken.pop()}' of its own: register the reward by another name."
+            )
         if imag_horizon % every:
             raise UserError(f"imag_horizon is {imag_horizon}, expected a multiple of hier.every ({every}).")
         actor = dict(actor)
         self.entropy_scale = actor.pop("entropy")
-        self.deter, self.action_size, self.every, self.phases = deter, action_size, every, phases
+        self.deter, self.action_size, self.every = deter, action_size, every
+        self.phases = phases if imag_horizon > every else 0.0  # else no chunk would be whole
         self.gumbel = bool(classes)  # whether an action's noise is
         self.imag_horizon, self.imag_last = imag_horizon, imag_last
         self.discount, self.contdisc, self.lam = 1 - 1 / horizon, contdisc, discount_lambda
@@ -265,7 +271,7 @@ class Hierarchy(nn.Module):
         """The losses [N] of a trajectory that was imagined already (see `loss`), metrics, and what PPO goes on with."""
         with torch.no_grad():
             cont = full_precision(world_model.cont(traj["feat"]).prob)
-            going = cont / self.discount if self.contdisc else cont  # the probability alone
+            going = (cont / self.discount if self.contdisc else cont).clamp(max=1)  # the probability alone
         losses, metrics, manager = self._manage(world_model, traj, phase, going)
         more, found, worker = self._work(world_model, traj, phase, going)
         return losses | more, metrics | found, {"manager": manager, "worker": worker}
@@ -280,8 +286,7 @@ class Hierarchy(nn.Module):
         lam = self.lam * torch.cat([whole[:, 1:], torch.zeros_like(whole[:, :1])], 1).to(going.dtype)
         seen = _at(traj["feat"], bounds).detach()
         code = _at(traj["code"], starts)
-        reached = torch.cat([torch.ones_like(going[:, :1]), torch.cumprod(going[:, 1:], 1)], 1)
-        weight = whole * reached.gather(1, starts)
+        weight = whole * torch.cumprod(going, 1).gather(1, starts)
         losses, metrics, returns, advantage = {}, {}, {}, 0.0
         for name, stream in self.streams.items():
             if name == "worker":
@@ -293,8 +298,8 @@ class Hierarchy(nn.Module):
                 steps = full_precision(stream.reward(world_model, traj))
                 reward, goes_on = over_chunks(steps, going, starts, self.every)
                 returns[name] = lambda_return(reward, boot, stream.discount * goes_on, lam)
-                if stream.retnorm:
-                    stream.retnorm.update(returns[name])
+                if stream.retnorm:  # the first decision stands for those that are not whole
+                    stream.retnorm.update(torch.where(whole, returns[name], returns[name][:, :1]))
                 advantage = advantage + stream.scale * stream.normalized(returns[name] - value[:, :-1])
                 metrics |= {f"policy/return/{name}": returns[name].mean(), f"policy/reward/{name}": steps.mean()}
             value_loss = weight * stream.value_loss(seen, dist, returns[name])[:, :-1]
@@ -323,8 +328,7 @@ class Hierarchy(nn.Module):
             if stream.retnorm:
                 stream.retnorm.update(ret)
             advantage = stream.normalized(ret - dist.mode()[:, :-1])
-            live = stream.discount * going[:, 1:-1]
-            weight = torch.cat([torch.ones_like(going[:, :1]), torch.cumprod(live, 1)], 1)
+            weight = torch.cumprod(stream.discount * going, 1)[:, :-1] / stream.discount
         entropy = traj["entropy"]
         objective = traj["log_prob"] * advantage + self.entropy_scale * entropy
         losses = {

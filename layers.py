@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from distributions import Bernoulli, Joint, Normal, OneHot, SquaredError, TwoHot, symexp_bins
+from distributions import Bernoulli, Joint, Normal, OneHot, SquaredError, TwoHot, full_precision, symexp_bins
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -196,10 +196,13 @@ class Ensemble(nn.Module):
     def forward(self, x: Float[Tensor, "*b inputs"]) -> Float[Tensor, "count *b outputs"]:
         lead, layers = x.shape[:-1], len(self.scales)
         x = x.reshape(1, -1, x.shape[-1]).expand(self.count, -1, -1)
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+        for weight, bias, scale in zip(self.weights, self.biases, self.scales, strict=False):
             x = torch.baddbmm(bias, x, weight)
-            if layer < layers:
-                x = rms_norm(x.transpose(0, 1), self.scales[layer], act=self.act).transpose(0, 1)
+            x = rms_norm(x.transpose(0, 1), scale, act=self.act).transpose(0, 1)
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # in half precision, members that nearly agree would be equal
+            x = torch.baddbmm(self.biases[layers], full_precision(x), self.weights[layers])
         return x.unflatten(1, lead)
 
 

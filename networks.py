@@ -10,6 +10,7 @@ Arrays are batch first, [batch, time, ...]. Randomness is an input: Gumbel noise
 latents, standard normal [*b, stoch] for Gaussian ones, zeros for the mode.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -33,12 +34,23 @@ class MultiEncoder(nn.Module):
     Args:
         spaces: {observation key: gymnasium space}.
         modalities: the active kinds, see `modalities.active`.
-        options: the encoder's section of the configuration, with `<kind>_keys` patterns; each kind takes what it knows.
+        embed_dim: width of every kind's embedding; None: what its encoder gives.
+        options: the rest of the encoder's section of the configuration, with `<kind>_keys` patterns; each kind takes
+            what it knows.
     """
 
-    def __init__(self, spaces: dict, *, modalities: Sequence[str] | Mapping[str, ModalityConfig] = (), **options):
+    def __init__(
+        self,
+        spaces: dict,
+        *,
+        modalities: Sequence[str] | Mapping[str, ModalityConfig] = (),
+        embed_dim: int | None = None,
+        **options,
+    ):
         super().__init__()
         kinds = active(modalities)
+        if embed_dim is not None:
+            kinds = {name: dataclasses.replace(kind, embed_dim=embed_dim) for name, kind in kinds.items()}
         self.kinds = select(spaces, kinds, options, "encoder")
         lacking = [] if isinstance(modalities, Mapping) else [name for name in modalities if name not in self.kinds]
         if lacking:

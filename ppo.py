@@ -5,7 +5,8 @@ update is the first epoch, over all of it: every ratio is 1 there, so its gradie
 epochs after it, in minibatches of trajectories, and stops them, on the device, once a policy has moved too far.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,7 +82,8 @@ def improve(
     minibatches: int,
     clip: float,
     kl: float,
-    groups: Iterable[str] = ("actor", "critic"),
+    groups: Sequence[str] = ("actor", "critic"),
+    autocast: Callable = contextlib.nullcontext,
 ) -> Metrics:
     """The epochs after the first, for all rollouts (of as many trajectories) at once. Returns the last minibatch's `kl`
     (of the policy that has moved most) and share of `clipped` ratios, and the `steps` that changed the weights.
@@ -90,15 +92,16 @@ def improve(
         order: uniform draws; their ranks are the order of the trajectories in each epoch.
         kl: once a minibatch's approximate KL is above it, that one and the remaining change nothing.
         groups: of the optimizer that move.
+        autocast: entered anew for every minibatch, as it keeps the weights that it has rounded.
     """
     live = torch.ones((), dtype=torch.bool, device=order.device)
-    steps = torch.zeros((), device=order.device)
+    before = optimizer.groups[groups[0]].extra.clone()
     for epoch in order.argsort(-1):
         for index in epoch.chunk(minibatches):
-            totals, moved, clipped = zip(
-                *(loss(rollout.rows(index), scales, clip) for rollout in rollouts), strict=True
-            )
+            with autocast():
+                found = [loss(rollout.rows(index), scales, clip) for rollout in rollouts]
+            totals, moved, clipped = zip(*found, strict=True)
             live = live & (torch.stack(moved).max() <= kl)
             optimizer.step(sum(totals), groups, live)
-            steps = steps + live
+    steps = optimizer.groups[groups[0]].extra - before
     return {"kl": torch.stack(moved).max(), "clipped": torch.stack(clipped).mean(), "steps": steps}

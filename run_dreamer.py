@@ -7,7 +7,6 @@ evaluation.
 """
 
 import argparse
-import dataclasses
 import importlib.util
 import itertools
 import json
@@ -22,7 +21,6 @@ from config import Config
 from dreamer import DreamerV3Trainer
 from envs import register_env
 from errors import UserError
-from modalities import MODALITY_CONFIGS
 from modalities.vector import width
 from models import MultimodalWorldModel
 from replay import SequenceReplayBuffer
@@ -31,6 +29,7 @@ __all__ = ["DreamerV3Trainer", "MultimodalWorldModel", "SequenceReplayBuffer", "
 
 ALIASES = {
     "seq_len": ["batch_length"],
+    "embed_dim": ["encoder.embed_dim"],
     "world_lr": ["opt.lr"],
     "actor_lr": ["opt.actor_lr", "opt.critic_lr"],
     "critic_lr": ["opt.critic_lr"],
@@ -38,7 +37,7 @@ ALIASES = {
     "clip_ratio": ["ppo.clip"],
     "use_wandb": ["wandb"],
 }
-OWN = ("configs", "embed_dim", "kl_scale", "obs_dim", "action_dim")  # mean more than another name for a key
+OWN = ("configs", "kl_scale", "obs_dim", "action_dim")  # mean more than another name for a key
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(Path(__file__).parent / "configs" / "default.json"), help="a JSON file")
     parser.add_argument("--multimodal", action="store_true", help="all kinds of observation: the block multimodal")
-    parser.add_argument("--checkpoint", help="resume this one; its folder is the logdir")
-    parser.add_argument("--logdir", default="checkpoints")
+    parser.add_argument("--checkpoint", help="go on from this one; with a --logdir elsewhere, from its weights alone")
+    parser.add_argument("--logdir", help="checkpoints, or where --checkpoint is")
     parser.add_argument("--device")
     parser.add_argument("--steps", type=float, help="frames")
     parser.add_argument("--env", help="a task, or custom")
@@ -56,12 +55,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parallel_trials", type=int, default=1, help="runs of a sweep at a time")
     args = parser.parse_args(argv)
     try:
-        settings = read(args.config) | overrides(args)
+        settings = read(args.config)
+        settings |= overrides(args, settings)
         if args.env_file:
             register(Path(args.env_file))
         trials = expand(settings)
         if len(trials) == 1:
-            return dreamer.guarded(train, *trials, args, advice="or start from --config configs/small_batch.json")
+            return dreamer.guarded(train, *trials, advice="or start from --config configs/small_batch.json")
         return sweep(trials, args)
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -76,11 +76,14 @@ def read(path: str) -> dict:
         raise UserError(f"--config {path}: {error}; expected a JSON object of settings.") from error
 
 
-def overrides(args: argparse.Namespace) -> dict:
-    """What the flags say."""
+def overrides(args: argparse.Namespace, settings: dict) -> dict:
+    """What the flags say about a file's settings."""
+    beside = str(Path(args.checkpoint).parent) if args.checkpoint else settings.get("logdir", "checkpoints")
     values = {"device": args.device, "steps": args.steps, "task": args.env, "checkpoint": args.checkpoint}
     values |= {"log_level": args.log_level and args.log_level.lower()}
-    values |= {"configs": ["multimodal"], "task": args.env or "cue_all"} if args.multimodal else {}
+    values |= {"logdir": args.logdir or beside}
+    if args.multimodal:
+        values |= {"configs": [*settings.get("configs", []), "multimodal"], "task": args.env or "cue_all"}
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -90,7 +93,6 @@ def register(path: Path) -> None:
         raise UserError(f"--env_file {path} does not exist.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # so that worker processes can be told of what it defines
     spec.loader.exec_module(module)
     if hasattr(module, "create_custom_env"):
         register_env("custom", module.create_custom_env)
@@ -106,14 +108,18 @@ def expand(settings: dict) -> list[dict]:
         return value if listed else [value]
 
     options = {key: choices(key, value) for key, value in settings.items()}
+    for key, values in options.items():
+        if not values:
+            raise UserError(f"{key} is an empty list: a sweep needs at least one value.")
     return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
 
 
-def translate(settings: dict, logdir: str) -> Config:
+def translate(settings: dict) -> Config:
     """The configuration that settings stand for. UserError for a key that does not exist."""
     config = configuration.load(["--configs", *settings["configs"]] if settings.get("configs") else [])
-    changes = {"logdir": logdir, "save_best": True}
-    for key in sorted(settings, key=lambda key: key == "critic_lr"):  # after actor_lr, which is also the critic's
+    changes = {"save_best": True}
+    # What is said more exactly wins: critic_lr over actor_lr, which is also the critic's, and a key over its alias.
+    for key in sorted(settings, key=lambda key: (key not in ALIASES, key == "critic_lr")):
         if key not in OWN:
             changes |= dict.fromkeys(ALIASES.get(key, [key]), settings[key])
     for term in ("dyn", "rep"):
@@ -122,15 +128,14 @@ def translate(settings: dict, logdir: str) -> Config:
     return config.replace(**changes)
 
 
-def train(settings: dict, args: argparse.Namespace) -> None:
+def train(settings: dict) -> None:
     """One run."""
-    logdir = str(Path(args.checkpoint).parent) if args.checkpoint else args.logdir
-    config, modalities = translate(settings, logdir), None
-    if "embed_dim" in settings:
-        kinds = config.modalities or MODALITY_CONFIGS
-        modalities = {k: dataclasses.replace(MODALITY_CONFIGS[k], embed_dim=settings["embed_dim"]) for k in kinds}
+    config = translate(settings)
+    if config.mode == "eval":
+        dreamer.main(config)
+        return
     dreamer.prepare(config)
-    trainer = DreamerV3Trainer(config, modalities)
+    trainer = DreamerV3Trainer(config)
     try:
         vector = trainer.agent.world_model.encoder.kinds.get("vector", {})
         sizes = {"obs_dim": sum(width(space) for space in vector.values())}
@@ -146,7 +151,7 @@ def train(settings: dict, args: argparse.Namespace) -> None:
 def sweep(trials: list[dict], args: argparse.Namespace) -> int:
     """All trials, `parallel_trials` at a time, each in a process and a folder of its own; then the table."""
     swept = [key for key in trials[0] if len({json.dumps(trial[key]) for trial in trials}) > 1]
-    folders = [Path(args.logdir) / f"trial{number:03}" for number in range(len(trials))]
+    folders = [Path(trial["logdir"]) / f"trial{number:03}" for number, trial in enumerate(trials)]
 
     def run(number: int) -> int:
         folder = folders[number]

@@ -19,7 +19,10 @@ def load(config, mode: str, name: str, seed: int) -> Env:
     if name not in ("rooms", "open", "tv"):
         raise TaskError(f"grid_{name}: unknown; a task is grid_rooms, grid_open or grid_tv.")
     size = config.grid["size"]
-    return GridWorld(free_cells(size, rooms=name != "open"), seed, screen=name == "tv", steps=config.grid["steps"])
+    free = free_cells(size, rooms=name != "open")
+    if not free[-1, -1]:
+        raise TaskError(f"grid.size {size} puts a wall where the reward is: expected a size that 7 does not divide.")
+    return GridWorld(free, seed, screen=name == "tv", steps=config.grid["steps"])
 
 
 def free_cells(size: int, rooms: bool = True, room: int = 6) -> np.ndarray:
@@ -46,7 +49,7 @@ class GridWorld(Env):
         free: where one can stand, bool [size, size]; the start is (0, 0), the reward in the opposite corner.
         steps: of an episode.
 
-    `log_coverage`: share of the free cells that were visited, in all episodes so far; `log_visited` their number;
+    `log_coverage`: share of the free cells that were visited since it was made; `log_visited`: their number;
     `log_first_reward`: steps until the first reward, NaN before it.
     """
 

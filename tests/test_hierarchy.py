@@ -64,7 +64,7 @@ def imagined(agent, seed: int = 0) -> tuple[dict, torch.Tensor, torch.Tensor]:
     kept["losses"] = agent.losses(make_batch(agent), agent.draw_noise(4, 6))[0]
     behavior.learn = original
     cont = world.cont(kept["traj"]["feat"]).prob.detach()
-    return kept["traj"] | {"losses": kept["losses"]}, kept["phase"], cont / behavior.discount
+    return kept["traj"] | {"losses": kept["losses"]}, kept["phase"], (cont / behavior.discount).clamp(max=1)
 
 
 def test_goals_of_an_imagined_trajectory_change_when_they_are_due():
@@ -95,10 +95,8 @@ def test_returns_of_the_worker_by_hand():
                 following = reward + stream.discount * cont[row, t + 1] * after
                 expected[t] = float(following)
             assert rollout.returns["worker"][row].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-            weight = [
-                float(np.prod([stream.discount * float(cont[row, i]) for i in range(1, t + 1)])) for t in range(H)
-            ]
-            assert rollout.weight[row].tolist() == pytest.approx(weight, rel=1e-4)
+            reached = [float(cont[row, : t + 1].prod()) * stream.discount**t for t in range(H)]
+            assert rollout.weight[row].tolist() == pytest.approx(reached, rel=1e-4)
 
 
 def test_returns_of_the_manager_by_hand():
@@ -123,7 +121,7 @@ def test_returns_of_the_manager_by_hand():
                 after = value if last else (1 - behavior.lam) * value + behavior.lam * following
                 following = total / weights + stream.discount * alive * after
                 assert float(rollout.returns["extrinsic"][row, number]) == pytest.approx(following, rel=1e-4, abs=1e-5)
-                reached = float(cont[row, 1 : start + 1].prod())
+                reached = float(cont[row, : start + 1].prod())
                 assert float(rollout.weight[row, number]) == pytest.approx(reached, rel=1e-4)
                 assert torch.equal(rollout.action[row, number], traj["code"][row, start])
                 decisions += 1
@@ -226,8 +224,14 @@ def test_it_trains_and_acts(act_space):
 def test_an_explorer_may_be_one_too():
     agent = make_agent(*HIERARCHY, "--expl_behavior", "plan2explore")
     assert list(agent.explorer.streams) == ["plan2explore", "novelty", "worker"]
-    metrics, _ = agent.train_step(make_batch(agent))
+    before = {key: value.clone() for key, value in agent.state_dict().items()}
+    for _ in range(3):
+        metrics, _ = agent.train_step(make_batch(agent))
     assert torch.isfinite(metrics["explorer/return/plan2explore"])
+    assert "explorer/intrinsic/goal_error" in metrics and "intrinsic/goal_error" in metrics
+    for part in ("behavior", "explorer"):  # each has an autoencoder that learns
+        name = f"{part}.streams.novelty.reward.encoder.1.weight"
+        assert not torch.equal(agent.state_dict()[name], before[name]), part
 
 
 def test_a_checkpoint_brings_it_back():
@@ -245,5 +249,7 @@ def test_a_checkpoint_brings_it_back():
 def test_mistakes_are_told():
     with pytest.raises(UserError, match="multiple of hier.every"):
         make_agent(*HIERARCHY, "--imag_horizon", "7")
+    with pytest.raises(UserError, match="imag_gradient is dynamics"):
+        make_agent(*HIERARCHY, "--actor_objective", "reinforce", "--imag_gradient", "dynamics")
     with pytest.raises(UserError, match="exclude each other"):
         make_agent(*HIERARCHY, "--expl_behavior", "diayn")

@@ -1,6 +1,7 @@
 """PPO in imagination: the first epoch is REINFORCE, later ones clip and stop; what it moves and what it leaves."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,6 +82,20 @@ def test_later_epochs_move_the_policy_until_it_has_moved_enough():
     assert outcome["1e-12"]["steps"] == 0
 
 
+def test_every_minibatch_sees_the_weights_of_its_time():
+    """In half precision, too, where rounded weights are kept for as long as one autocast lasts."""
+    moved = {}
+    for precision in ("float32", "bfloat16"):
+        agent = shaken(*PPO, "--opt.lr", "3e-3", "--opt.warmup", "0", "--ppo.kl", "1e9", "--precision", precision)
+        batch, found = make_batch(agent), []
+        for step in range(6):
+            agent.generator.manual_seed(step)
+            metrics, _ = agent.train_step(batch)
+            found.append(float(metrics["policy/ppo_kl"]))
+        moved[precision] = np.mean(found)
+    assert moved["bfloat16"] > 0.5 * moved["float32"], moved
+
+
 def test_without_later_epochs_it_is_the_plain_agent():
     """All of them stopped, the weights are those of REINFORCE, bit for bit; world model and rewards in any case."""
     plain, stopped, moving = (
@@ -107,6 +122,8 @@ def test_minibatches_go_through_all_trajectories_once(monkeypatch):
     seen = []
 
     class Stub:
+        groups = {"actor": SimpleNamespace(extra=torch.zeros(()))}
+
         def step(self, loss, only, live):
             pass
 

@@ -35,7 +35,9 @@ def rows(logdir: Path) -> list[dict]:
 
 def test_keys_and_what_they_set():
     settings = {"batch_size": 3, "seq_len": 20, "world_lr": 1e-3, "actor_lr": 2e-3, "kl_scale": 2, "free_nats": 0.5}
-    config = translate(settings | {"clip_ratio": 0.1, "use_wandb": True, "dyn.deter": 64, "horizon": 99}, "somewhere")
+    config = translate(
+        settings | {"clip_ratio": 0.1, "use_wandb": True, "dyn.deter": 64, "horizon": 99} | {"logdir": "somewhere"}
+    )
     assert (config.batch_size, config.batch_length, config.kl_free, config.ppo.clip) == (3, 20, 0.5, 0.1)
     assert (config.opt.lr, config.opt.actor_lr, config.opt.critic_lr) == (1e-3, 2e-3, 2e-3)
     assert (config.loss_scales.dyn, config.loss_scales.rep) == (2.0, 0.2)
@@ -43,8 +45,10 @@ def test_keys_and_what_they_set():
     assert (config.dyn.deter, config.horizon) == (64, 99)
     for order in (1, -1):
         both = dict([("critic_lr", 4e-3), ("actor_lr", 2e-3)][::order])
-        assert translate(both, "x").opt.critic_lr == 4e-3
-    assert translate({"kl_scale": 3, "loss_scales.dyn": 0.5}, "x").loss_scales.dyn == 1.5
+        assert translate(both).opt.critic_lr == 4e-3
+        exact = dict([("opt.critic_lr", 4e-3), ("actor_lr", 2e-3)][::order])
+        assert translate(exact).opt.critic_lr == 4e-3
+    assert translate({"kl_scale": 3, "loss_scales.dyn": 0.5}).loss_scales.dyn == 1.5
 
 
 def test_nested_and_dotted_keys_are_the_same(tmp_path):
@@ -62,9 +66,14 @@ def test_files_that_are_none(text, tmp_path):
         read(str(file))
 
 
+def test_an_empty_sweep_is_told():
+    with pytest.raises(UserError, match="seed is an empty list"):
+        expand({"seed": []})
+
+
 def test_a_misspelt_key_is_named():
     with pytest.raises(UserError, match="batch_sise"):
-        translate({"batch_sise": 3}, "x")
+        translate({"batch_sise": 3})
 
 
 def test_lists_are_sweeps_but_where_a_list_is_the_value():
@@ -82,14 +91,14 @@ def test_lists_are_sweeps_but_where_a_list_is_the_value():
 def test_shipped_files_are_valid(file):
     trials = expand(read(str(file)))
     for trial in trials:
-        assert isinstance(translate(trial, "x"), configuration.Config)
+        assert isinstance(translate(trial), configuration.Config)
         assert not {"obs_dim", "action_dim"} & trial.keys()
     assert len(trials) == (9 if file.stem == "experiment" else 1)
 
 
 def test_the_default_is_the_whole_system():
     assert [path.stem for path in SHIPPED] == ["default", "experiment", "small_batch"]
-    config = translate(read(str(ROOT / "configs" / "default.json")), "x")
+    config = translate(read(str(ROOT / "configs" / "default.json")))
     assert config.task == "dmc_cartpole_swingup" and config.dmc.proprio and not config.dmc.image
     assert config.behavior == "hierarchical" and config.actor_objective == "ppo"
     assert "icm" in config.expl_streams and "empowerment" in config.expl_streams
@@ -152,7 +161,8 @@ def test_a_sweep_ends_in_a_table(tmp_path):
 def test_an_environment_of_ones_own(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("import gymnasium\n\ndef create_custom_env():\n    return gymnasium.make('CartPole-v1')\n")
-    run(tmp_path, DEBUG, "--env", "custom", "--env_file", file, "--logdir", "own")
+    # In processes of their own, which have to be told what the file defines.
+    run(tmp_path, DEBUG | {"parallel": "process"}, "--env", "custom", "--env_file", file, "--logdir", "own")
     assert any("eval/return" in row for row in rows(tmp_path / "own"))
     file.write_text(
         "import gymnasium\nfrom envs import register_env\nregister_env('pole', lambda: gymnasium.make('CartPole-v1'))\n"
