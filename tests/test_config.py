@@ -174,7 +174,7 @@ def test_a_saved_configuration_is_a_block(tmp_path):
         (["--encodr.units", "3"], ["did you mean --encoder.units?"]),
         (["--encoder.unit", "3"], ["did you mean --encoder.units"]),
         (["--discrete", "0"], ["did you mean --dyn.discrete?"]),
-        (["--units", "3"], ["did you mean --", "--*.units for all 6"]),
+        (["--units", "3"], ["did you mean --", "--*.units for all 11"]),
         (["--*.unit", "3"], ["unknown key --*.unit", "--*.units"]),
         (["--qqqqqqq", "3"], ["unknown key --qqqqqqq", "--help"]),
         (["--configs", "cpus"], ["unknown block 'cpus'", "did you mean cpu?", "dmc_vision", "size400m"]),
