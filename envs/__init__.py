@@ -151,7 +151,7 @@ def _create(config, mode, index, seed):
 def _unknown(task):
     suite = task.partition("_")[0]
     examples = {"dmc": "dmc_<domain>_<task>", "gym": "gym_<id>", "atari": "atari_<game>", "crafter": "crafter_reward"}
-    examples |= {"babyai": "babyai_<level>", "cue": "cue_<modality>", "sound": "sound_<layout>"}
+    examples |= {"babyai": "babyai_<level>", "cue": "cue_<modality>", "grid": "grid_rooms", "sound": "sound_<layout>"}
     close = difflib.get_close_matches(task, _registry, n=1)
     close += [examples[x] for x in difflib.get_close_matches(suite, SUITES, n=1, cutoff=0.5)]
     hint = f" did you mean {close[0]}?" if close else ""

@@ -93,7 +93,12 @@ EVERYTHING = (
 EVERYTHING += "--expl_behavior plan2explore --expl_streams icm:0.1,empowerment:0.1,rnd:0.1 --opt.warmup 0"
 
 
-@pytest.mark.parametrize("own", ["--configs debug", EVERYTHING], ids=["plain", "every behaviour"])
+SLOW = (pytest.mark.slow, pytest.mark.timeout(1800))
+
+
+@pytest.mark.parametrize(
+    "own", ["--configs debug", pytest.param(EVERYTHING, marks=SLOW)], ids=["plain", "every behaviour"]
+)
 def test_offline_run_killed_and_resumed_equals_uninterrupted(own, episodes, tmp_path):
     flags = f"{own} --task none --device cpu --threads 1 --train_ratio 32 --steps 120 --log_every 20".split()
     flags += f"--save_every 30 --eval_every 40 --offline_traindir {episodes} --offline_evaldir {episodes}".split()
