@@ -65,7 +65,7 @@ CHOICES = {
     "babyai.actions": ("all", "moves"),
     "cue.absent": ("image", "audio", "text", "vector"),  # of each entry
     "*.act": ("silu", "gelu", "relu", "elu", "tanh"),
-    "metagrad": ("off", "hypergradient"),
+    "metagrad": ("off", "hypergradient", "one_step"),
     "opt.name": ("laprop", "adam"),
 }
 

@@ -162,6 +162,10 @@ class Normal:
     def loss(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*b"]:
         return -self.log_prob(x)
 
+    def slope(self, target: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+        """How the loss changes with the target, as a function of the distribution."""
+        return (target - self.mean) / self.std.square()
+
     def entropy(self) -> Float[Tensor, "*b"]:
         return sum_event(self.std.log() + 0.5 * math.log(2 * math.pi * math.e), self.axes)
 
@@ -192,6 +196,11 @@ class SquaredError:
     def loss(self, target: Float[Tensor, "*s"]) -> Float[Tensor, "*b"]:
         target = symlog(target) if self.squash else target
         return sum_event((self.pred - target.detach()).square(), self.axes)
+
+    def slope(self, target: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+        """How the loss changes with the target, as a function of the prediction."""
+        error = (symlog(target) if self.squash else target) - self.pred
+        return 2 * error / (1 + target.abs()) if self.squash else 2 * error
 
     def log_prob(self, target: Float[Tensor, "*s"]) -> Float[Tensor, "*b"]:
         return -self.loss(target)
@@ -230,11 +239,7 @@ class TwoHot:
 
         The losses of several targets are added up, each times its scale, at the cost of one.
         """
-        target = full_precision(torch.stack(targets).detach())
-        target = symlog(target) if self.squash else target
-        last = self.bins.shape[0] - 1
-        above = torch.searchsorted(self.bins, target, right=True).clamp(1, last)
-        below = above - 1
+        target, below, above = self._between(torch.stack(targets).detach())
         low, high = self.bins[below], self.bins[above]
         share = ((target - low) / (high - low)).clamp(0, 1)
         # Two bins per target are looked up; no dense [..., bins] target is made.
@@ -242,6 +247,21 @@ class TwoHot:
         if scales:
             shares = torch.stack([scale * x for scale, x in zip(2 * list(scales), shares, strict=True)])
         return CrossEntropy.apply(self.wide, self.probs, picks.movedim(0, -1), shares.movedim(0, -1))
+
+    def slope(self, target: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        """How the loss changes with the target, as a function of the logits: 0 beyond the outermost bins."""
+        inside, below, above = self._between(target)
+        width = self.bins[above] - self.bins[below]
+        within = ((inside >= self.bins[0]) & (inside <= self.bins[-1])).to(width.dtype)
+        below, above = (self.logits.gather(-1, index.unsqueeze(-1)).squeeze(-1) for index in (below, above))
+        return (below - above) / width * within / (1 + target.abs() if self.squash else 1)
+
+    def _between(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A target among the bins, and the indices of the bins below and above it."""
+        target = full_precision(target)
+        target = symlog(target) if self.squash else target
+        above = torch.searchsorted(self.bins, target.contiguous(), right=True).clamp(1, self.bins.shape[0] - 1)
+        return target, above - 1, above
 
     def log_prob(self, target: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         return -self.loss(target)

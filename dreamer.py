@@ -37,6 +37,7 @@ from exploration import Random, make_explorer, task_rewards
 from feed import Feed
 from hierarchy import Hierarchy
 from logger import disk_errors
+from metagrad import OneStep
 from modalities import ModalityConfig, vector
 from models import ImagBehavior, WorldModel, total_loss
 from networks import features
@@ -111,6 +112,8 @@ class Dreamer(nn.Module):
         self.adapts = config.metagrad == "hypergradient"
         hyper = {"hyper": config.meta.kappa, "hyper_limit": config.meta.limit} if self.adapts else {}
         self.optimizer = self._optimizer(**config.opt, **hyper, scaled=half == torch.float16)
+        one_step = config.metagrad == "one_step"
+        self.meta = OneStep(self.behavior, self.optimizer, self.loss_scales, **config.meta) if one_step else None
         self.generator = torch.Generator(self.device).manual_seed(config.seed)  # noise of updates
         self.policy_generator = torch.Generator(self.device).manual_seed(config.seed + 1)  # noise of acting
         self.explorer_generator = torch.Generator(self.device).manual_seed(config.seed + 6)  # of the explorer's updates
@@ -258,7 +261,11 @@ class Dreamer(nn.Module):
         """`train_step` as a function of tensors in static shapes: no read of the device, no random number drawn."""
         losses, post, metrics = self.losses(batch, noise)
         loss = total_loss(losses, self.loss_scales)
+        if self.meta:
+            self.meta.look()
         optimized = self.optimizer.step(loss)
+        if self.meta:
+            metrics |= self.meta.step()
         if self.ppo:
             rollouts = [rollout for behavior in self.behaviors.values() for rollout in behavior.rollouts]
             options = self.ppo | {"autocast": self.autocast}
@@ -339,6 +346,7 @@ class Dreamer(nn.Module):
             "behavior": self.behavior.state_dict(),
             **({"explorer": self.explorer.state_dict()} if self.explorer else {}),
             "optimizer": self.optimizer.state_dict(),
+            **({"metagrad": self.meta.state_dict()} if self.meta else {}),
             "generators": {name: generator.get_state() for name, generator in self._generators().items()},
         }
 
@@ -362,6 +370,8 @@ class Dreamer(nn.Module):
         if not weights_only:
             # The rates are the configuration's, which a resumed run may change (--force true --opt.lr ...).
             self.optimizer.load_state_dict(state["optimizer"], rates=False)
+            if self.meta and "metagrad" in state:
+                self.meta.load_state_dict(state["metagrad"])
             for key, generator in self._generators().items():
                 try:
                     generator.set_state(state["generators"][key].cpu())

@@ -143,7 +143,7 @@ class Disagreement(Intrinsic):
 
     def forward(self, world_model: WorldModel, traj: dict[str, Tensor]) -> Float[Tensor, "n h"]:
         predicted = full_precision(self._predict(traj["feat"][:, :-1], traj["action"][:, :-1]))
-        disagreement = predicted.std(0).mean(-1)
+        disagreement = spread(predicted).mean(-1)
         return torch.log(disagreement + 1e-8) if self.log else disagreement
 
     def _predict(self, feat: Tensor, action: Tensor) -> Float[Tensor, "models b t width"]:
@@ -425,6 +425,12 @@ class Diversity(Intrinsic):
     def _told(self, world_model: WorldModel, traj: dict[str, Tensor]) -> Float[Tensor, "n h"]:
         skill = traj["seen"][:, 1:, -self.skills :].detach()
         return OneHot(self.discriminator(traj["feat"][:, 1:, world_model.rssm.deter :])).log_prob(skill)
+
+
+def spread(x: Float[Tensor, "models b t width"]) -> Float[Tensor, "b t width"]:
+    """Standard deviation over the first axis, over which `Tensor.std` takes eight times as long on a CPU."""
+    square = (x - x.mean(0)).square().sum(0) / (len(x) - 1)
+    return square.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
 
 
 def mlp(inputs: int, outputs: int, units: int, layers: int) -> nn.Sequential:

@@ -346,6 +346,8 @@ class ImagBehavior(nn.Module):
                 f"actor_objective: ppo scores actions by their probability; imag_gradient is {imag_gradient}."
             )
         self.ppo, self.rollouts = actor_objective == "ppo", []
+        self.weight_discount = self.discount
+        self.keeps, self.imagined = False, {}  # whether, and what, is kept for meta-gradients
         self.imag_horizon, self.imag_last = imag_horizon, imag_last
         self.dynamics_share = {"reinforce": 0.0, "dynamics": 1.0, "both": imag_gradient_mix}[imag_gradient]
         options = {"discount": self.discount, "critic": critic, "retnorm": retnorm if reward_EMA else None}
@@ -422,13 +424,16 @@ class ImagBehavior(nn.Module):
             given = (traj["seen"], traj["action"][:, :-1], log_prob)
             given = (value.detach() for value in given)
             self.rollouts = [Rollout(self.actor, self.streams, self.entropy_scale, *given, **kept)]
+        if self.keeps:
+            given = {"seen": traj["seen"].detach(), "action": traj["action"][:, :-1].detach()}
+            self.imagined = kept | given | {"replay": batch | {key: x.detach() for key, x in post.items()}}
         return losses | more, metrics | found
 
     def learn(
         self, world_model: WorldModel, traj: dict[str, Tensor], post: State, batch: dict
     ) -> tuple[Losses, Metrics, dict]:
         """The losses of a trajectory that was imagined already, for all steps at once (see `loss`); metrics; and what
-        they were made of: `advantage`, `weight` [N, H] and `returns` {stream: [N, H]}.
+        they were made of: `advantage`, `weight` [N, H] and `returns` {stream: [N, H]}; with `keeps`, all of it.
 
         `traj` is `WorldModel.imagine`'s, what actor and critics saw there, `seen`, and `log_prob`, `entropy` [N, H] of
         its actions, with gradient to the actor.
@@ -439,7 +444,7 @@ class ImagBehavior(nn.Module):
         seen, entropy = traj["seen"].detach(), traj["entropy"]
         weight = self._weight(cont).detach()[:, :-1]
 
-        losses, metrics, returns, advantage = {}, {}, {}, 0.0
+        losses, metrics, returns, advantage, streams = {}, {}, {}, 0.0, {}
         for name, stream in self.streams.items():
             dist = stream.critic(seen)
             value = baseline = dist.mode().detach()
@@ -447,8 +452,9 @@ class ImagBehavior(nn.Module):
                 if backprop or stream.slow_target:
                     value = stream.target_value(traj["seen"])
                 reward = stream.reward(world_model, traj)
-                ret = lambda_return(reward, value, self._live(cont, stream.discount)[:, 1:], self.lam)
+                ret = lambda_return(reward, value, self.live(cont, stream.discount)[:, 1:], self.lam)
             returns[name] = ret.detach()
+            streams[name] = {"reward": reward, "boot": value, "value": baseline[:, :-1], "return": returns[name]}
             if stream.retnorm:
                 stream.retnorm.update(ret)
             advantage = advantage + stream.scale * stream.normalized(ret - baseline[:, :-1])
@@ -475,6 +481,8 @@ class ImagBehavior(nn.Module):
             "policy/advantage_std": advantage.detach().std(),
             "policy/cont": cont.detach().mean(),
         }
+        if self.keeps:
+            return losses, metrics, {"weight": weight, "cont": cont, "streams": streams}
         return losses, metrics, {"advantage": advantage.detach(), "weight": weight, "returns": returns}
 
     def after_step(self) -> None:
@@ -505,13 +513,13 @@ class ImagBehavior(nn.Module):
         action = dist.sample(noise)
         return action, dist.log_prob(action.detach()), dist.entropy()
 
-    def _live(self, cont: Tensor, discount: float) -> Tensor:
+    def live(self, cont: Tensor, discount: float | Tensor) -> Tensor:
         """Discount times probability of going on; `cont` already holds the task's discount if `contdisc`."""
         return cont * (discount / self.discount if self.contdisc else discount)
 
     def _weight(self, cont: Float[Tensor, "n states"]) -> Float[Tensor, "n states"]:
         """Discounted probability of being in each state, before its action's outcome: cumprod(disc cont) / disc."""
-        discount = 1.0 if self.contdisc else self.discount
+        discount = self.weight_discount / self.discount if self.contdisc else self.weight_discount
         return torch.cumprod(discount * cont, 1) / discount
 
     def _objective(self, log_prob: Float[Tensor, "n h"], advantage: Float[Tensor, "n h"]) -> Float[Tensor, "n h"]:

@@ -36,9 +36,16 @@ class Group:
         self.lr = torch.tensor(lr, dtype=torch.float32, device=first.device)
         self.log_gain = torch.zeros((), device=first.device)  # what the rate has adapted by: ln of a factor
         self.last = torch.zeros_like(self.data) if adapts else None  # the last movement
+        self.traces = None  # see `follow`
         self.extra = torch.zeros((), device=first.device)  # updates of this group alone, beyond those of all
         for p, data, grad in zip(self.params, self.data.split(sizes), self.grad.split(sizes), strict=True):
             p.data, p.grad = data.view(p.shape), grad.view(p.shape)
+
+    def follow(self, count: int) -> None:
+        """Keeps the last movement, and `count` rows of `traces`: changes of the gradient, which an update turns into
+        the changes of its movement that they bring, with what gradients are multiplied by taken for constant.
+        """
+        self.last, self.traces = torch.zeros_like(self.data), self.data.new_zeros(count, len(self.data))
 
     @property
     def rate(self) -> Float[Tensor, ""]:
@@ -155,7 +162,10 @@ class Optimizer:
         if self.agc:
             self._clip_tensors(group)
         if self.clip:
-            grad.mul_((self.clip / grad.norm().clamp(min=self.clip)).to(grad.dtype))
+            factor = (self.clip / grad.norm().clamp(min=self.clip)).to(grad.dtype)
+            grad.mul_(factor)
+            if group.traces is not None:
+                group.traces.mul_(factor)
         live = ok.to(grad.dtype)
         count = (
             (self.updates + group.extra).to(torch.float64 if grad.device.type != "mps" else torch.float32).clamp(min=1)
@@ -166,6 +176,9 @@ class Optimizer:
         rate = (group.rate * self._warmup()).to(grad.dtype) * live
         group.second.lerp_(grad.square(), (1 - self.beta2) * live)
         scale = (group.second / correct2).sqrt_().add_(self.eps)
+        if group.traces is not None:
+            moved = group.traces * (rate * (1 - self.beta1) / correct1) / scale
+            group.traces.copy_(torch.where(ok, moved, 0.0))
         if self.laprop:
             group.first.lerp_(grad.div_(scale), (1 - self.beta1) * live)
             move = (group.first / correct1).mul_(rate)
@@ -173,7 +186,7 @@ class Optimizer:
             group.first.lerp_(grad, (1 - self.beta1) * live)
             move = (group.first / correct1).div_(scale).mul_(rate)
         group.data.sub_(move)
-        if self.hyper:
+        if group.last is not None:
             group.last.copy_(torch.where(ok, move, group.last))
         return move.square_().sum()
 
@@ -196,7 +209,8 @@ class Optimizer:
         weights = torch.stack(torch._foreach_norm(group.split(group.data)))
         norms = torch.stack(torch._foreach_norm(grads))
         scales = 1 / (norms / (self.agc * weights.clamp(min=self.pmin))).clamp(min=1.0)
-        torch._foreach_mul_(grads, list(scales.unbind()))
+        for flat in (group.grad, *(() if group.traces is None else group.traces)):
+            torch._foreach_mul_(group.split(flat), list(scales.unbind()))
 
     def state_dict(self) -> dict:
         """Moments under the names of their parameters, so that a checkpoint reads like a table of contents."""
@@ -205,7 +219,10 @@ class Optimizer:
             return {name: v.clone() for name, v in zip(group.names, group.split(flat), strict=True)}
 
         def adapted(group: Group) -> dict:
-            return {"log_gain": group.log_gain.clone(), "last": named(group, group.last)} if self.hyper else {}
+            if group.last is None:
+                return {}
+            rows = {} if group.traces is None else {"traces": [named(group, row) for row in group.traces]}
+            return {"log_gain": group.log_gain.clone(), "last": named(group, group.last)} | rows
 
         return {
             "updates": self.updates.clone(),
@@ -235,9 +252,12 @@ class Optimizer:
             group.extra.copy_(saved.get("extra", 0.0))
             if rates:
                 group.lr.copy_(saved["lr"])
-            if self.hyper and "log_gain" in saved:
+            flats = [(group.first, saved["first"]), (group.second, saved["second"])]
+            if group.last is not None and "last" in saved:
                 group.log_gain.copy_(saved["log_gain"])
-            moments = ("first", "second", "last") if self.hyper and "last" in saved else ("first", "second")
-            for moment in moments:
-                for name, view in zip(group.names, group.split(getattr(group, moment)), strict=True):
-                    view.copy_(saved[moment][name])
+                flats.append((group.last, saved["last"]))
+            if group.traces is not None and len(saved.get("traces", ())) == len(group.traces):
+                flats += zip(group.traces, saved["traces"], strict=True)
+            for flat, named in flats:
+                for name, view in zip(group.names, group.split(flat), strict=True):
+                    view.copy_(named[name])

@@ -11,7 +11,7 @@ def lambda_return(
     reward: Float[Tensor, "batch time"],
     boot: Float[Tensor, "batch time+1"],
     live: Float[Tensor, "batch time"],
-    lam: float | Float[Tensor, "batch time"],
+    lam: float | Float[Tensor, ""] | Float[Tensor, "batch time"],
 ) -> Float[Tensor, "batch time"]:
     """R_t = r_{t+1} + live_{t+1} ((1 - λ_t) boot_{t+1} + λ_t R_{t+1}), from the end, where R_T = boot_T (paper, eq. 7).
 

@@ -1,5 +1,5 @@
-"""A grid of rooms with one distant reward, for exploration: `grid_rooms`; `grid_open`, without walls; and `grid_tv`,
-with a screen in the first room that shows noise.
+"""Grids with one distant reward, for exploration: `grid_halls`, five halls one behind the other; `grid_rooms`, nine
+rooms; `grid_open`, without walls; and `grid_tv`, rooms with a screen in the first that shows noise.
 
 The agent starts in one corner and knows where it stands; walls are noticed by not getting on. The far corner is worth 1
 and ends the episode.
@@ -16,28 +16,36 @@ CHANNELS = 16  # of the screen
 
 def load(config, mode: str, name: str, seed: int) -> Env:
     """config: grid.{size, steps}."""
-    if name not in ("rooms", "open", "tv"):
-        raise TaskError(f"grid_{name}: unknown; a task is grid_rooms, grid_open or grid_tv.")
+    if name not in ("halls", "rooms", "open", "tv"):
+        raise TaskError(f"grid_{name}: unknown; a task is grid_halls, grid_rooms, grid_open or grid_tv.")
     size = config.grid["size"]
-    free = free_cells(size, rooms=name != "open")
+    free = free_cells(size, "rooms" if name == "tv" else name)
     if not free[-1, -1]:
-        raise TaskError(f"grid.size {size} puts a wall where the reward is: expected a size that 7 does not divide.")
+        raise TaskError(f"grid.size {size} puts a wall where the reward is: expected another one, such as {size + 1}.")
     return GridWorld(free, seed, screen=name == "tv", steps=config.grid["steps"])
 
 
-def free_cells(size: int, rooms: bool = True, room: int = 6) -> np.ndarray:
-    """Where one can stand, bool [size, size]: with `rooms`, walls after every `room` cells with one door per room."""
+def free_cells(size: int, layout: str) -> np.ndarray:
+    """Where one can stand, bool [size, size].
+
+    layout: open; rooms, with walls after every 6 cells and one door per room and wall; or halls, with a wall after
+        every 3 rows and a gap of 2 cells, at one end and the other in turn.
+    """
     free = np.ones((size, size), bool)
-    if not rooms:
-        return free
-    walls = range(room, size, room + 1)
-    for wall in walls:
-        free[wall, :] = free[:, wall] = False
-    for number, wall in enumerate(walls):
-        for first in range(0, size, room + 1):
-            width = min(room, size - first)
-            door = first + (width // 2 + 2 * number + first // (room + 1)) % width
-            free[wall, door] = free[door, wall] = True
+    if layout == "halls":
+        for number, wall in enumerate(range(3, size - 1, 4)):
+            free[wall] = False
+            free[wall, slice(0, 2) if number % 2 else slice(size - 2, size)] = True
+    if layout == "rooms":
+        room = 6
+        walls = range(room, size, room + 1)
+        for wall in walls:
+            free[wall, :] = free[:, wall] = False
+        for number, wall in enumerate(walls):
+            for first in range(0, size, room + 1):
+                width = min(room, size - first)
+                door = first + (width // 2 + 2 * number + first // (room + 1)) % width
+                free[wall, door] = free[door, wall] = True
     return free
 
 

@@ -133,7 +133,7 @@ def rewards_of_all(reward: Intrinsic, world: ToyWorld) -> torch.Tensor:
 
 
 def test_disagreement_falls_with_visits():
-    env = GridWorld(free_cells(10, rooms=False), steps=10**9)
+    env = GridWorld(free_cells(10, "open"), steps=10**9)
     data, _ = walk(env, episodes=40, steps=40)
     world = ToyWorld(env)
     reward = Disagreement(world, ACTIONS, (ACTIONS,), units=64)
@@ -143,7 +143,7 @@ def test_disagreement_falls_with_visits():
 
 
 def test_disagreement_is_the_mean_deviation_of_the_models():
-    world = ToyWorld(GridWorld(free_cells(4, rooms=False)))
+    world = ToyWorld(GridWorld(free_cells(4, "open")))
     reward = Disagreement(world, ACTIONS, (ACTIONS,), models=5, units=8)
     feat, action = torch.randn(3, 4, world.rssm.feat_size), torch.rand(3, 4, ACTIONS)
     members = reward.models(torch.cat([feat, action], -1)[:, :-1])
@@ -160,7 +160,7 @@ def test_disagreement_is_the_mean_deviation_of_the_models():
 
 def test_a_noisy_television_does_not_dominate():
     """Cell 0 shows noise that no model can predict: they agree on its mean, and places that were not seen pay more."""
-    env = GridWorld(free_cells(8, rooms=False), steps=10**9)
+    env = GridWorld(free_cells(8, "open"), steps=10**9)
     data, cells = walk(env, episodes=40, steps=30)
     world = ToyWorld(env)
     data["embed"] = torch.cat([data["stoch"].squeeze(-2), torch.zeros(*cells.shape, 16)], -1)
@@ -175,7 +175,7 @@ def test_a_noisy_television_does_not_dominate():
 
 
 def test_the_step_across_an_episodes_end_teaches_nothing():
-    env = GridWorld(free_cells(4, rooms=False), steps=10**9)
+    env = GridWorld(free_cells(4, "open"), steps=10**9)
     data, _ = walk(env, 4, 10)
     world = ToyWorld(env)
     data["is_first"][:, 5] = True
@@ -240,7 +240,7 @@ def test_icm_features_hold_what_actions_change_and_not_the_noise():
 
 
 def test_icm_pays_less_and_less_for_what_was_seen_and_more_for_what_was_not():
-    env = GridWorld(free_cells(8, rooms=False), steps=10**9)
+    env = GridWorld(free_cells(8, "open"), steps=10**9)
     data, cells = walk(env, episodes=30, steps=20)
     world = ToyWorld(env)
     data["embed"] = data["stoch"].squeeze(-2)
@@ -283,7 +283,7 @@ def test_distilled_rewards_are_predicted_upon_arrival_in_their_own_unit():
             value = state_cell(post)[:, 1:].float() * 1e-3
             return value, torch.zeros_like(value), {}
 
-    env = GridWorld(free_cells(4, rooms=False), steps=10**9)
+    env = GridWorld(free_cells(4, "open"), steps=10**9)
     data, cells = walk(env, 40, 20)
     world = ToyWorld(env)
     reward = Index(world, ACTIONS, (ACTIONS,), head=HEAD)
@@ -341,7 +341,7 @@ def train_empowerment(world: ToyWorld, cell: int, steps: int, updates: int = 700
     ids=["one step", "two", "three", "corner"],
 )
 def test_empowerment_is_the_log_of_the_cells_within_reach(cell, steps, reachable):
-    env = GridWorld(free_cells(7, rooms=False))
+    env = GridWorld(free_cells(7, "open"))
     world, index = ToyWorld(env), cell[0] * 7 + cell[1]
     exact = capacity(channel(world, index, steps))
     assert exact == pytest.approx(math.log(reachable), abs=1e-3)
@@ -351,7 +351,7 @@ def test_empowerment_is_the_log_of_the_cells_within_reach(cell, steps, reachable
 
 
 def test_empowerment_of_a_slippery_grid_is_its_channels_capacity():
-    world = ToyWorld(GridWorld(free_cells(5, rooms=False)), slip=0.4)
+    world = ToyWorld(GridWorld(free_cells(5, "open")), slip=0.4)
     exact = capacity(channel(world, 12, 1))
     assert 0.3 < exact < 1.0
     bound, paid = train_empowerment(world, 12, 1)
@@ -361,7 +361,7 @@ def test_empowerment_of_a_slippery_grid_is_its_channels_capacity():
 
 def test_the_planner_does_not_see_deter():
     """The recurrent state holds the last action: q would read it off."""
-    world = ToyWorld(GridWorld(free_cells(4, rooms=False)))
+    world = ToyWorld(GridWorld(free_cells(4, "open")))
     for form in ("state", "action"):
         reward = Empowerment(world, ACTIONS, (ACTIONS,), form=form, units=8)
         start, end = torch.randn(2, 3, world.rssm.feat_size)
@@ -373,7 +373,7 @@ def test_action_information_pays_what_the_outcome_tells_about_the_action():
     """On arrival in another cell the action is known, so a uniform policy is paid ln 5; staying at a corner is one of
     three actions that lead there.
     """
-    env = GridWorld(free_cells(5, rooms=False), steps=10**9)
+    env = GridWorld(free_cells(5, "open"), steps=10**9)
     data, _ = walk(env, 60, 30)
     world = ToyWorld(env)
     reward = Empowerment(world, ACTIONS, (ACTIONS,), form="action", units=64)
@@ -412,7 +412,7 @@ def test_skills_are_drawn_at_an_episodes_start_and_kept():
 
 
 def test_skills_pay_at_most_the_log_of_their_number():
-    world = ToyWorld(GridWorld(free_cells(4, rooms=False)))
+    world = ToyWorld(GridWorld(free_cells(4, "open")))
     reward = Diversity(world, ACTIONS, (ACTIONS,), skills=4, units=16)
     cells = torch.arange(4).repeat(8)
     feat = torch.cat([torch.zeros(32, 1), torch.eye(16)[cells]], -1).unsqueeze(1).expand(-1, 3, -1)

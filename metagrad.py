@@ -1,0 +1,231 @@
+"""Meta-gradients: what actor and critic are trained with learns, by what it does to them in one step (Xu et al. 2018,
+arXiv 1805.09801; Zahavy et al. 2020, arXiv 2002.12928). `optim.py` has the other form, hypergradient rates.
+
+An update moves actor and critic to θ' = θ - m(η), where η are the discount, λ, the scales of entropy and of reward
+streams, and both learning rates. The update after it imagines a fresh batch with θ', on which an outer loss of fixed
+discount and λ, without entropy bonus and without other streams, has the gradient v. So dL/dη = -v · ∂m/∂η, where
+∂m/∂η = P ∂∇L(θ; η)/∂η, and P, what the optimizer multiplies gradients by, counts as constant. As the losses are linear
+in what η changes, each ∂∇L/∂η is the gradient of another such loss: nothing is differentiated twice, and nothing is
+imagined twice.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from errors import UserError
+from models import ImagBehavior, Stream
+from networks import features
+from optim import Optimizer
+from returns import lambda_return
+
+
+class OneStep:
+    """Adapts a behaviour's hyperparameters η. Its floats become numbers on the device, which are written over.
+
+    The entries of η are 0 at the start: they are added to the logits of discount and λ, which all streams share, and to
+    the logarithms of all else. Adam moves them, by about `kappa` where the gradients agree.
+
+    Args:
+        scales: of the losses.
+        limit: the factor of its start (for discount and λ: of 1/(1 - x) - 1) within which an entry stays.
+        horizon, discount_lambda: the outer loss's; None for those of the behaviour at the start.
+    """
+
+    groups = ("actor", "critic")
+
+    def __init__(
+        self,
+        behavior: ImagBehavior,
+        optimizer: Optimizer,
+        scales: Mapping[str, float],
+        *,
+        kappa: float,
+        limit: float,
+        horizon: float | None = None,
+        discount_lambda: float | None = None,
+    ):
+        if not isinstance(behavior, ImagBehavior) or behavior.ppo or behavior.dynamics_share:
+            raise UserError(
+                "metagrad: one_step goes with behavior: actor_critic, actor_objective: reinforce and imag_gradient: "
+                "reinforce; hypergradient goes with all."
+            )
+        self.behavior, self.optimizer, self.scales = behavior, optimizer, scales
+        self.kappa, self.limit = kappa, math.log(limit)
+        others = [name for name in behavior.streams if name != "extrinsic"]
+        self.knobs = ["discount", "lambda", "entropy", *(f"scale/{name}" for name in others)]
+        self.names = [*self.knobs, *(f"lr_{key}" for key in self.groups)]
+        like = next(behavior.parameters())
+        self.eta, self.first, self.second = (like.new_zeros(len(self.names)) for _ in range(3))
+        self.grad = like.new_zeros(len(self.names))  # dL/dη of the update before
+        self.count = like.new_zeros(())
+        for key in self.groups:
+            optimizer.groups[key].follow(len(self.knobs))
+
+        self.outer_discount = behavior.discount if horizon is None else 1 - 1 / horizon
+        self.outer_lam = behavior.lam if discount_lambda is None else discount_lambda
+        behavior.weight_discount = self.outer_discount
+        behavior.keeps = True
+        start = [behavior.discount, behavior.lam, behavior.entropy_scale]
+        self.start = like.new_tensor([*start, *(behavior.streams[name].scale for name in others)])
+        behavior.lam, behavior.entropy_scale = like.new_tensor(start[1]), like.new_tensor(start[2])
+        for name, stream in behavior.streams.items():
+            stream.discount = like.new_tensor(start[0])
+            if name != "extrinsic":
+                stream.scale = like.new_tensor(stream.scale)
+
+    def values(self) -> dict[str, Float[Tensor, ""]]:
+        """What the knobs stand at."""
+        near_one = torch.sigmoid(torch.logit(self.start[:2], eps=1e-6) + self.eta[:2])
+        scales = self.start[2:] * self.eta[2 : len(self.knobs)].exp()
+        return dict(zip(self.knobs, [*near_one, *scales], strict=True))
+
+    def write(self) -> None:
+        """Gives η's values to those whose they are."""
+        values, behavior = self.values(), self.behavior
+        behavior.lam.copy_(values["lambda"])
+        behavior.entropy_scale.copy_(values["entropy"])
+        for name, stream in behavior.streams.items():
+            stream.discount.copy_(values["discount"])
+            if name != "extrinsic":
+                stream.scale.copy_(values[f"scale/{name}"])
+        for key, entry in zip(self.groups, self.eta[len(self.knobs) :], strict=True):
+            self.optimizer.groups[key].log_gain.copy_(entry)
+
+    def look(self) -> None:
+        """Between a batch's losses and its update: what the update before has done (`grad`), and, into the groups'
+        `traces`, how the gradients of this one depend on η.
+        """
+        groups = [self.optimizer.groups[key] for key in self.groups]
+        params = [p for group in groups for p in group.params]
+        device = self.eta.device.type
+        with torch.enable_grad(), torch.autocast(device, enabled=False):
+            outer = torch.autograd.grad(self.outer_loss(), params, allow_unused=True)
+            inner = self.slopes()
+        with torch.no_grad():
+            vectors = _flat(outer, groups)
+            knobs = -sum(group.traces @ vector for group, vector in zip(groups, vectors, strict=True))
+            rates = [-torch.dot(group.last, vector) for group, vector in zip(groups, vectors, strict=True)]
+            self.grad.copy_(torch.cat([knobs, torch.stack(rates)]))
+        left = len(self.knobs)
+        for row, slope in enumerate(inner[name] for name in self.knobs):
+            left -= 1
+            found = torch.autograd.grad(slope, params, allow_unused=True, retain_graph=left > 0)
+            with torch.no_grad():
+                for group, vector in zip(groups, _flat(found, groups), strict=True):
+                    group.traces[row].copy_(vector)
+
+    @torch.no_grad()
+    def step(self) -> dict[str, Tensor]:
+        """Moves η by `grad`, once the learning rates are warm, and unless the update was a bad one. Returns metrics."""
+        optimizer = self.optimizer
+        ok = torch.isfinite(self.grad).all() & (optimizer.bad == 0) & (optimizer.updates > optimizer.warmup)
+        grad, live = torch.where(ok, self.grad, 0.0), ok.to(self.eta.dtype)
+        self.count += live
+        count = self.count.clamp(min=1)
+        self.first.lerp_(grad, 0.1 * live)
+        self.second.lerp_(grad.square(), 0.01 * live)
+        scale = (self.second / (1 - 0.99**count)).sqrt().clamp(min=torch.finfo(grad.dtype).tiny)
+        self.eta.sub_(self.kappa * live * self.first / (1 - 0.9**count) / scale).clamp_(-self.limit, self.limit)
+        self.write()
+        rates = optimizer.rates()
+        found = self.values() | {f"lr_{key}": rates[key] for key in self.groups}
+        return {f"meta/{name}": value.clone() for name, value in found.items()}
+
+    def outer_loss(self) -> Float[Tensor, ""]:
+        """What η is to make small: policy and value loss of the task alone, of fixed discount and λ, on what was
+        imagined last, with the present weights.
+        """
+        seen, weight = self.behavior.imagined, self.behavior.imagined["weight"]
+        stream = self.behavior.streams["extrinsic"]
+        of = seen["streams"]["extrinsic"]
+        live = self.behavior.live(seen["cont"], self.outer_discount)[:, 1:]
+        target = lambda_return(of["reward"], of["boot"], live, self.outer_lam)
+        advantage = stream.normalized(target - of["value"])
+        log_prob = self.behavior.actor(seen["seen"][:, :-1]).log_prob(seen["action"])
+        value_loss = stream.critic(seen["seen"][:, :-1]).loss(target)
+        policy, value = self.scales["policy"], self._scale("value")
+        return (weight * (value * value_loss - policy * advantage * log_prob)).mean()
+
+    def slopes(self) -> dict[str, Float[Tensor, ""]]:
+        """{knob: ∂L/∂η}, as functions of the weights: their gradients are how the gradient of the loss depends on η."""
+        behavior, values = self.behavior, self.values()
+        seen, weight = behavior.imagined, behavior.imagined["weight"]
+        dist = behavior.actor(seen["seen"][:, :-1])
+        log_prob, entropy = dist.log_prob(seen["action"]), dist.entropy()
+        policy = -self.scales["policy"] * weight
+        found = {"entropy": (policy * values["entropy"] * entropy).mean()}
+        moved = {"discount": 0.0, "lambda": 0.0}
+        for name, stream in behavior.streams.items():
+            of, of_stream = seen["streams"][name], stream.scale * policy * log_prob
+            if name != "extrinsic":
+                found[f"scale/{name}"] = (of_stream * stream.normalized(of["return"] - of["value"])).mean()
+            value_scale = self._scale("value" if name == "extrinsic" else f"value/{name}")
+            live = behavior.live(seen["cont"], stream.discount)[:, 1:]
+            by = _sensitivity(of["reward"], of["boot"], of["return"], live, stream.discount, behavior.lam)
+            slope = value_scale * weight * stream.critic(seen["seen"][:, :-1]).slope(of["return"])
+            replay = self._replay_slopes(stream, by) if "replay" in seen and name == "extrinsic" else {}
+            for knob, change in by.items():
+                inner = (of_stream * stream.normalized(change) + slope * change).mean()
+                moved[knob] = moved[knob] + inner + replay.get(knob, 0.0)
+        return found | {knob: moved[knob] * values[knob] * (1 - values[knob]) for knob in moved}  # of a logit
+
+    def _replay_slopes(self, stream: Stream, by: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The replay value loss's, whose bootstrap are the imagined returns, which change by `by`."""
+        behavior, seen, replay = self.behavior, self.behavior.imagined, self.behavior.imagined["replay"]
+        shape = replay["reward"].shape
+        boot = seen["streams"]["extrinsic"]["return"][:, 0].unflatten(0, shape)
+        boots = {knob: change[:, 0].unflatten(0, shape) for knob, change in by.items()}
+        last, terminal = (replay[key].to(boot.dtype)[:, 1:] for key in ("is_last", "is_terminal"))
+        live, reward, goes_on = stream.discount * (1 - terminal), replay["reward"][:, 1:], 1 - last
+        target = lambda_return(reward, boot, live, behavior.lam * goes_on)
+        changes = _sensitivity(reward, boot, target, live, stream.discount, behavior.lam, goes_on, boots)
+        slope = stream.critic(features(replay).detach()[:, :-1]).slope(target)
+        counts = self._scale("repval") * (~replay["is_last"][:, :-1]).to(slope.dtype)
+        return {knob: (counts * slope * change).mean() for knob, change in changes.items()}
+
+    def _scale(self, loss: str) -> float:
+        return self.scales[loss if loss in self.scales else loss.split("/")[0]]
+
+    def state_dict(self) -> dict:
+        names = ("eta", "first", "second", "count")
+        return {"names": list(self.names)} | {name: getattr(self, name).clone() for name in names}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises UserError if the state is of other hyperparameters."""
+        if list(state["names"]) != self.names:
+            raise UserError(f"The checkpoint adapts {', '.join(state['names'])}; expected {', '.join(self.names)}.")
+        for name in ("eta", "first", "second", "count"):
+            getattr(self, name).copy_(state[name])
+        self.write()
+
+
+def _sensitivity(
+    reward: Float[Tensor, "n h"],
+    boot: Float[Tensor, "n states"],
+    returns: Float[Tensor, "n h"],
+    live: Float[Tensor, "n h"],
+    discount: Tensor,
+    lam: Tensor,
+    goes_on: Float[Tensor, "n h"] | float = 1.0,
+    boots: Mapping[str, Float[Tensor, "n states"]] | None = None,
+) -> dict[str, Float[Tensor, "n h"]]:
+    """How `returns` = lambda_return(reward, boot, live, lam * goes_on) change with the discount, of which `live` is a
+    multiple, and with λ, if the bootstraps change by `boots`: λ-returns themselves.
+    """
+    boots = boots or dict.fromkeys(("discount", "lambda"), torch.zeros_like(boot))
+    after = torch.cat([returns[:, 1:], boot[:, -1:]], 1)
+    direct = {"discount": (returns - reward) / discount, "lambda": live * goes_on * (after - boot[:, 1:])}
+    return {knob: lambda_return(change, boots[knob], live, lam * goes_on) for knob, change in direct.items()}
+
+
+def _flat(grads: tuple, groups: list) -> list[Tensor]:
+    """Gradients of all parameters of some groups, None for 0, as one vector per group."""
+    grads = iter(grads)
+    return [
+        torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(group.params, grads)])  # noqa: B905
+        for group in groups
+    ]
