@@ -45,7 +45,7 @@ __all__ = [
 MODES = ("train", "eval")
 # First word of a task -> module with `load(config, mode, name, seed)`.
 SUITES = {"dmc": "dmc", "gym": "gym_env", "atari": "atari", "crafter": "crafter"}
-SUITES |= {"babyai": "babyai", "cue": "cues", "grid": "grid", "sound": "sound"}
+SUITES |= {"babyai": "babyai", "cue": "cues", "grid": "grid", "pinpad": "pinpad", "sound": "sound"}
 ARGUMENTS = ("config", "mode", "index")
 
 _registry = {}  # name -> factory, or its pickle in a worker process
@@ -152,6 +152,7 @@ def _unknown(task):
     suite = task.partition("_")[0]
     examples = {"dmc": "dmc_<domain>_<task>", "gym": "gym_<id>", "atari": "atari_<game>", "crafter": "crafter_reward"}
     examples |= {"babyai": "babyai_<level>", "cue": "cue_<modality>", "grid": "grid_rooms", "sound": "sound_<layout>"}
+    examples |= {"pinpad": "pinpad_three"}
     close = difflib.get_close_matches(task, _registry, n=1)
     close += [examples[x] for x in difflib.get_close_matches(suite, SUITES, n=1, cutoff=0.5)]
     hint = f" did you mean {close[0]}?" if close else ""

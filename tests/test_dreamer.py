@@ -876,6 +876,7 @@ def compare_compiled(*flags: str, discrete: bool = False) -> None:
         ("--checkpointing true", True),
         ("--expl_behavior plan2explore --expl_streams icm:0.1,rnd:0.1,surprise:0.1,empowerment:0.1", False),
         ("--behavior hierarchical --actor_objective ppo --hier.every 3 --hier.goal.units 16", True),
+        ("--metagrad one_step --opt.warmup 0 --expl_streams rnd:0.1", False),
     ],
 )
 def test_compiled_steps_give_the_same_numbers(flags, discrete):
@@ -988,6 +989,7 @@ BEHAVIOURS = (
     "--expl_behavior plan2explore --expl_extr_scale 0.5 --expl_streams icm:0.1,rnd:0.1,surprise:0.1,empowerment:0.1",
     "--expl_behavior diayn --actor_objective ppo --metagrad hypergradient",
     "--behavior hierarchical --actor_objective ppo --imag_horizon 4 --hier.every 2 --expl_streams empowerment:0.1",
+    "--metagrad one_step --opt.warmup 0 --expl_streams rnd:0.1",
 )
 
 

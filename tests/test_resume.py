@@ -93,11 +93,14 @@ EVERYTHING = (
 EVERYTHING += "--expl_behavior plan2explore --expl_streams icm:0.1,empowerment:0.1,rnd:0.1 --opt.warmup 0"
 
 
+ONE_STEP = "--configs debug --metagrad one_step --expl_streams rnd:0.1 --opt.warmup 0"
 SLOW = (pytest.mark.slow, pytest.mark.timeout(1800))
 
 
 @pytest.mark.parametrize(
-    "own", ["--configs debug", pytest.param(EVERYTHING, marks=SLOW)], ids=["plain", "every behaviour"]
+    "own",
+    ["--configs debug", *(pytest.param(flags, marks=SLOW) for flags in (EVERYTHING, ONE_STEP))],
+    ids=["plain", "every behaviour", "one-step meta-gradients"],
 )
 def test_offline_run_killed_and_resumed_equals_uninterrupted(own, episodes, tmp_path):
     flags = f"{own} --task none --device cpu --threads 1 --train_ratio 32 --steps 120 --log_every 20".split()
