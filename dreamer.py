@@ -39,7 +39,7 @@ from hierarchy import Hierarchy
 from logger import disk_errors
 from metagrad import OneStep
 from modalities import ModalityConfig, vector
-from models import ImagBehavior, WorldModel, total_loss
+from models import Behavior, ImagBehavior, WorldModel, total_loss
 from networks import features
 from optim import Optimizer
 from parallel import EnvError, VectorEnv, make_vector
@@ -88,7 +88,7 @@ class Dreamer(nn.Module):
         sizes = (self.world_model.rssm.feat_size, self.action_size, self.classes)
         options = shared | {key: config[key] for key in sections}
 
-        def behave(kind: type[ImagBehavior] = ImagBehavior, **streams) -> ImagBehavior | Hierarchy:
+        def behave(kind: type[ImagBehavior] = ImagBehavior, **streams) -> Behavior:
             if config.behavior == "actor_critic":
                 return kind(*sizes, **options, **streams)
             if kind is not ImagBehavior:
@@ -164,7 +164,7 @@ class Dreamer(nn.Module):
         return scales
 
     @property
-    def behaviors(self) -> dict[str, ImagBehavior]:
+    def behaviors(self) -> dict[str, Behavior]:
         """The task's behaviour, and the explorer, if there is one, by what stands before the names of their parts."""
         return {"": self.behavior} | ({"explorer.": self.explorer} if self.explorer else {})
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from distributions import OneHot, full_precision, one_hot
 from errors import UserError
 from layers import MLP, Actor, Ensemble, Linear, ScalarHead
-from models import ImagBehavior, Intrinsic, Metrics, State, WorldModel, extrinsic_reward
+from models import Behavior, ImagBehavior, Intrinsic, Metrics, State, WorldModel, extrinsic_reward
 from networks import bounded, features
 
 
@@ -232,7 +232,7 @@ class ICM(Distilled):
         self.model = mlp(features + action_size, features, units, layers)
 
     def signal(self, world_model: WorldModel, post: State, batch: dict) -> tuple[Tensor, Tensor, Metrics]:
-        phi, action = full_precision(self.phi(view(world_model, post, self.target))), batch["action"][:, :-1]
+        phi, action = self.represent(view(world_model, post, self.target)), batch["action"][:, :-1]
         before, after = phi[:, :-1], phi[:, 1:]
         inverse, right = self._inverse(full_precision(self.inverse(torch.cat([before, after], -1))), action)
         error = (full_precision(self.model(together(before, action))) - after.detach()).square().sum(-1)
@@ -240,6 +240,11 @@ class ICM(Distilled):
         live = going(batch)
         metrics = {"icm_inverse": ((right.detach() * live).sum() / live.sum().clamp(min=1))}
         return torch.log1p(error) if self.log else self.eta / 2 * error, loss, metrics
+
+    def represent(self, seen: Float[Tensor, "b t width"]) -> Float[Tensor, "b t features"]:
+        """φ, of root mean square 1: the inverse model gains by features that grow, and with them grew the errors."""
+        phi = full_precision(self.phi(seen))
+        return phi * torch.rsqrt(phi.square().mean(-1, keepdim=True) + 1e-6)
 
     def _inverse(self, out: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of the inverse model, and what it has right: the share of actions, or minus their squared error."""
@@ -496,8 +501,8 @@ def task_rewards(world_model: WorldModel, action_size: int, classes: Sequence[in
 
 
 def make_explorer(
-    behave: Callable[..., ImagBehavior], world_model: WorldModel, action_size: int, classes: Sequence[int], config
-) -> ImagBehavior | None:
+    behave: Callable[..., Behavior], world_model: WorldModel, action_size: int, classes: Sequence[int], config
+) -> Behavior | None:
     """The explorer that `expl_behavior` names, or None: `behave(kind, rewards=, extra=)` builds it."""
     name = explorer_of(config)
     if name is None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distributions import OneHot, full_precision
 from errors import UserError
 from layers import MLP, Actor, Linear
-from models import Intrinsic, Losses, Metrics, Stream, WorldModel, extrinsic_reward, replayed
+from models import Behavior, Intrinsic, Losses, Metrics, Stream, WorldModel, extrinsic_reward, replayed
 from networks import State
 from ppo import Rollout
 from returns import lambda_return
@@ -112,7 +112,7 @@ def over_chunks(
     return (reached * rewards).sum(-1) / reached.sum(-1), goes_on.prod(-1)
 
 
-class Hierarchy(nn.Module):
+class Hierarchy(Behavior):
     """Manager, worker and goal autoencoder: a behaviour in the place of `models.ImagBehavior`.
 
     Args:
@@ -185,17 +185,8 @@ class Hierarchy(nn.Module):
         return {"manager": self.manager, "worker": self.worker}
 
     @property
-    def intrinsic(self) -> dict[str, Intrinsic]:
-        """The intrinsic rewards of the streams; the autoencoder is one of them."""
-        return {name: stream.reward for name, stream in self.streams.items() if isinstance(stream.reward, Intrinsic)}
-
-    @property
     def autoencoder(self) -> GoalAutoencoder:
         return self.streams["novelty"].reward
-
-    def starts(self, time: int) -> int:
-        """How many states of a window of `time` steps are imagined from."""
-        return min(self.imag_last or time, time)
 
     def initial(self, batch: int) -> dict[str, Tensor]:
         """No goal yet: one is chosen at the next step."""
@@ -203,17 +194,9 @@ class Hierarchy(nn.Module):
         return {"code": code, "age": torch.zeros(batch, dtype=torch.int64, device=code.device)}
 
     def draw_noise(self, batch: int, time: int, draw) -> dict:
-        """The random numbers of one `loss`: `phase` [N], and `prior` and `action` (with the manager's) as in
-        `ImagBehavior`.
-        """
-        starts = batch * self.starts(time)
-        noise = {
-            "prior": draw.latent(self.imag_horizon, starts),
-            "action": draw.action(self.imag_horizon + 1, starts, extra=self.extra),
-            "phase": draw.uniform(starts),
-        }
-        own = {name: reward.noise(batch, time, draw) for name, reward in self.intrinsic.items()}
-        return noise | {name: numbers for name, numbers in own.items() if numbers}
+        """As any behaviour's (the manager's codes share the actions' noise), and `phase` [N]."""
+        noise = super().draw_noise(batch, time, draw)
+        return noise | {"phase": draw.uniform(batch * self.starts(time))}
 
     def choose(
         self, feat: Tensor, carry: dict[str, Tensor], is_first: Tensor, noise: Tensor | None
@@ -345,11 +328,6 @@ class Hierarchy(nn.Module):
         }
         kept = {"seen": seen, "action": traj["action"][:, :-1], "log_prob": traj["log_prob"].detach()}
         return losses, metrics, kept | {"advantage": advantage, "weight": weight, "returns": {"worker": ret}}
-
-    def after_step(self) -> None:
-        """Call after every optimizer step: the slow critics follow."""
-        for stream in self.streams.values():
-            stream.slow_critic.update(stream.critic)
 
     @torch.enable_grad()
     def _act_and_score(self, feat: Tensor, goal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -293,7 +293,43 @@ def extrinsic_reward(world_model: WorldModel, traj: dict[str, Tensor]) -> Float[
     return world_model.reward(traj["feat"]).mode()[:, 1:]
 
 
-class ImagBehavior(nn.Module):
+class Behavior(nn.Module):
+    """What is learned in imagination: policies, and `streams` of rewards with a critic each.
+
+    Subclasses have `imag_horizon`, `imag_last`, `extra` (numbers that are drawn beside an action's), `actors`,
+    `initial`, `policy` and `loss`, as `ImagBehavior`.
+    """
+
+    streams: nn.ModuleDict
+
+    @property
+    def intrinsic(self) -> dict[str, Intrinsic]:
+        """The intrinsic rewards of the streams."""
+        return {name: stream.reward for name, stream in self.streams.items() if isinstance(stream.reward, Intrinsic)}
+
+    def draw_noise(self, batch: int, time: int, draw) -> dict:
+        """The random numbers of one `loss`: `prior` [H, N, ...], `action` [H+1, N, action], and the intrinsic rewards'
+        own. `draw`: see `Intrinsic.noise`.
+        """
+        starts = batch * self.starts(time)
+        noise = {
+            "prior": draw.latent(self.imag_horizon, starts),
+            "action": draw.action(self.imag_horizon + 1, starts, extra=self.extra),
+        }
+        own = {name: reward.noise(batch, time, draw) for name, reward in self.intrinsic.items()}
+        return noise | {name: numbers for name, numbers in own.items() if numbers}
+
+    def starts(self, time: int) -> int:
+        """How many states of a window of `time` steps are imagined from."""
+        return min(self.imag_last or time, time)
+
+    def after_step(self) -> None:
+        """Call after every optimizer step: the slow critics follow."""
+        for stream in self.streams.values():
+            stream.slow_critic.update(stream.critic)
+
+
+class ImagBehavior(Behavior):
     """Actor and critic learned from imagined trajectories that start at every replayed state.
 
     Args:
@@ -361,27 +397,6 @@ class ImagBehavior(nn.Module):
     @property
     def actors(self) -> dict[str, Actor]:
         return {"actor": self.actor}
-
-    @property
-    def intrinsic(self) -> dict[str, Intrinsic]:
-        """The intrinsic rewards of the streams."""
-        return {name: stream.reward for name, stream in self.streams.items() if isinstance(stream.reward, Intrinsic)}
-
-    def draw_noise(self, batch: int, time: int, draw) -> dict:
-        """The random numbers of one `loss`: `prior` [H, N, ...], `action` [H+1, N, action], and the intrinsic rewards'
-        own. `draw`: see `Intrinsic.noise`.
-        """
-        starts = batch * self.starts(time)
-        noise = {
-            "prior": draw.latent(self.imag_horizon, starts),
-            "action": draw.action(self.imag_horizon + 1, starts, extra=self.extra),
-        }
-        own = {name: reward.noise(batch, time, draw) for name, reward in self.intrinsic.items()}
-        return noise | {name: numbers for name, numbers in own.items() if numbers}
-
-    def starts(self, time: int) -> int:
-        """How many states of a window of `time` steps are imagined from."""
-        return min(self.imag_last or time, time)
 
     def initial(self, batch: int) -> None:
         """The flat policy carries nothing between steps."""
@@ -484,11 +499,6 @@ class ImagBehavior(nn.Module):
         if self.keeps:
             return losses, metrics, {"weight": weight, "cont": cont, "streams": streams}
         return losses, metrics, {"advantage": advantage.detach(), "weight": weight, "returns": returns}
-
-    def after_step(self) -> None:
-        """Call after every optimizer step: the slow critics follow."""
-        for stream in self.streams.values():
-            stream.slow_critic.update(stream.critic)
 
     def _rollout_policy(self, seen: list[Tensor], scores: list[tuple[Tensor, Tensor]]) -> Policy:
         """The policy in imagination. What it sees joins `seen`; the log-probabilities and entropies of what it does,

@@ -16,6 +16,7 @@ from torch import nn
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.append(str(FOLDER))  # behind the project, whose `replay.py` is another
 
+import behaviours  # noqa: E402
 import bf16  # noqa: E402
 import common  # noqa: E402
 import compare  # noqa: E402
@@ -444,6 +445,15 @@ def test_workloads_with_other_kinds():
     for wrong in ("audio", "vision+smell", "vision+"):
         with pytest.raises(argparse.ArgumentTypeError, match="none of vision, proprio"):
             common.workload(wrong)
+
+
+def test_cost_of_behaviours(capsys):
+    behaviours.main([*TINY, "--repeats", "2", "--behaviours", "plan2explore", "hierarchical", "one_step"])
+    line = last_line(capsys)["of"]
+    assert list(line) == ["greedy", "plan2explore", "hierarchical", "one_step"]
+    assert line["greedy"]["ratio"] == 1 and all(of["median_s"] > 0 for of in line.values())
+    for name in ("plan2explore", "hierarchical"):
+        assert line[name]["flop"] > line["greedy"]["flop"] and line[name]["params"] > line["greedy"]["params"]
 
 
 def test_cost_of_kinds(capsys):

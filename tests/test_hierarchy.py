@@ -1,14 +1,22 @@
 """The hierarchy: chunks and returns against hand-written loops, goals that are kept and forgotten, the autoencoder."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import test_ppo
 import torch
 from gymnasium import spaces
 from test_intrinsic import make_agent, make_batch
+from torch import nn
 
 import ppo
+from distributions import one_hot
+from dreamer import Draw
 from errors import UserError
-from hierarchy import GoalAutoencoder, chunk_starts, max_cosine, over_chunks
+from hierarchy import GoalAutoencoder, Hierarchy, chunk_starts, max_cosine, over_chunks
+from models import WorldModel, total_loss
+from optim import Optimizer
 
 HIERARCHY = ("--configs", "debug", "hierarchical", "--device", "cpu", "--hier.every", "3", "--imag_horizon", "6")
 HIERARCHY += ("--hier.goal.units", "16", "--hier.goal.groups", "3", "--hier.goal.classes", "4")
@@ -18,11 +26,7 @@ K, H = 3, 6
 
 def shaken(*flags: str, **options):
     """An agent whose heads do not start at zero, which would hide much."""
-    agent = make_agent(*HIERARCHY, *flags, **options)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in agent.parameters():
-        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return agent
+    return test_ppo.shaken(*HIERARCHY, *flags, **options)
 
 
 # Chunks
@@ -197,6 +201,84 @@ def test_the_autoencoder_keeps_as_much_as_it_may():
     feat = torch.stack([torch.cat([kinds[:2], 3 * torch.randn(2, 12)])] * 2, 1)
     known, unknown = autoencoder(None, {"feat": feat}).squeeze(1).view(2, 2).mean(1)
     assert unknown > 2 * known
+
+
+# In a ring of states
+
+
+class Ring(WorldModel):
+    """A world model that knows it all: places in a ring, each a recurrent state, and steps to either side."""
+
+    grad_heads = ()
+
+    def __init__(self, places: int = 12, deter: int = 6):
+        nn.Module.__init__(self)
+        angle = torch.arange(places) * 2 * torch.pi / places
+        wave = torch.stack([torch.cos(angle), torch.sin(angle)], -1)
+        self.deter = wave @ torch.linalg.qr(torch.randn(deter, deter))[0][:2]  # a circle somewhere in that space
+        self.rssm = SimpleNamespace(layout=lambda: None, img_step=self.step, feat_size=deter + 1, deter=deter)
+
+    def state(self, place: torch.Tensor) -> dict:
+        return {"deter": self.deter[place], "stoch": torch.zeros(*place.shape, 1, 1)}
+
+    def step(self, state: dict, action: torch.Tensor, noise, layout) -> dict:
+        place = (state["deter"] @ self.deter.T).argmax(-1)
+        return self.state((place + torch.where(action[:, 1] > 0, 1, -1)) % len(self.deter))
+
+    def cont(self, feat: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(prob=torch.ones(feat.shape[:-1]))
+
+    def reward(self, feat: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(mode=lambda: torch.zeros(feat.shape[:-1]))
+
+
+def near(world: Ring, act, steps: int = 8) -> float:
+    """The worker's mean reward on the way from every place to every place, as replayed goals."""
+    place, goal = (x.flatten() for x in torch.meshgrid(*[torch.arange(len(world.deter))] * 2, indexing="ij"))
+    state, goal, rewards = world.state(place), world.deter[goal], []
+    for _ in range(steps):
+        state = world.step(state, act(torch.cat([state["deter"], state["stoch"].flatten(1), goal], -1)), None, None)
+        rewards.append(max_cosine(goal, state["deter"]))
+    return float(torch.stack(rewards).mean())
+
+
+def test_the_worker_comes_near_replayed_goals():
+    torch.manual_seed(0)
+    world, sizes = Ring(), {"layers": 1, "units": 32}
+    critic = {"dist": "symexp_twohot", "bins": 255, "outscale": 0.0, "slow_regularizer": 1.0, "slow_target": False}
+    critic |= {"slow_target_update": 1, "slow_target_fraction": 0.02}
+    behavior = Hierarchy(
+        world.rssm.feat_size, 2, (2,), deter=world.rssm.deter, actor=sizes | {"entropy": 1e-2}, critic=sizes | critic,
+        retnorm={}, goal={"groups": 4, "classes": 4, "nats": 10.0, "layers": 1, "units": 32}, contdisc=False,
+    )  # fmt: skip
+    parts = {
+        "actor": nn.ModuleList(behavior.actors.values()),
+        "critic": nn.ModuleList(stream.critic for stream in behavior.streams.values()),
+        "intrinsic": behavior.autoencoder,
+    }
+    named = {key: [(f"{key}.{n}", p) for n, p in part.named_parameters()] for key, part in parts.items()}
+    optimizer = Optimizer({key: (params, 3e-3) for key, params in named.items()}, warmup=0)
+    scales = {"policy": 1.0, "value": 1.0, "intrinsic": 1.0}
+    draw = Draw(torch.Generator().manual_seed(0), (1,), True, 2, True)
+
+    def trained(feat):
+        with torch.no_grad():
+            return behavior.worker(feat).sample(draw.action(len(feat)))
+
+    def uniform(feat):
+        return one_hot(torch.randint(2, (len(feat),)), 2, torch.float32)
+
+    start = near(world, trained)
+    for _ in range(120):
+        post, batch = world.state(torch.randint(12, (16, 4))), {"reward": torch.zeros(16, 4)}
+        noise = behavior.draw_noise(16, 4, draw)
+        losses, _ = behavior.loss(world, post, batch, noise)
+        optimizer.step(total_loss(losses, scales))
+        ppo.improve(behavior.rollouts, optimizer, draw.uniform(2, 64), scales, minibatches=4, clip=0.2, kl=0.03)
+        behavior.after_step()
+    random, end = near(world, uniform), near(world, trained)
+    assert abs(start) < 0.2 and abs(random) < 0.1
+    assert end > 0.5, (start, end)  # the best that can be is 0.79
 
 
 # The agent

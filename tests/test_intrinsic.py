@@ -231,7 +231,7 @@ def test_icm_features_hold_what_actions_change_and_not_the_noise():
     before = reward.signal(world, data, data)[0].mean()
     metrics = fit(reward, world, data, 1500, batch=64)
     with torch.no_grad():
-        phi = reward.phi(data["embed"]).flatten(0, 1)
+        phi = reward.represent(data["embed"]).flatten(0, 1)
         paid = reward.signal(world, data, data)[0]
     assert probe(phi, data["embed"][..., :2].flatten(0, 1)) > 0.9
     assert probe(phi, data["embed"][..., 2:].flatten(0, 1)) < 0.2
