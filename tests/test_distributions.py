@@ -422,3 +422,18 @@ def test_predictions_stay_in_full_precision_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         mode = TwoHot(logits, symexp_bins(255)).mode()
     assert mode.dtype == torch.float32 and torch.equal(mode, exact)
+
+
+@pytest.mark.parametrize("kind", ["symexp_twohot", "symlog_disc", "symlog_mse", "mse", "normal"])
+def test_slopes_are_how_losses_change_with_their_targets(kind):
+    from layers import ScalarHead
+
+    torch.manual_seed(0)
+    head = ScalarHead(3, layers=1, units=8, dist=kind, bins=41, outscale=1.0).double()
+    if head.twohot:
+        head.bins = head.bins.double() * (2 / head.bins[-1])  # so that some targets lie beyond the outermost ones
+    dist, target = head(torch.randn(200, 3, dtype=torch.float64)), 8 * torch.randn(200, dtype=torch.float64)
+    high, low = (dist.loss(target + sign * 1e-6) for sign in (1, -1))
+    torch.testing.assert_close(dist.slope(target), (high - low) / 2e-6, rtol=1e-4, atol=1e-6)
+    (grad,) = torch.autograd.grad(dist.slope(target).sum(), head.out.bias)
+    assert grad.abs().sum() > 0

@@ -77,7 +77,7 @@ def test_finite_differences(double, flags):
     raw = gradients(entries)
     agent.restore(start)
     agent.train_step(batch, noises[0])
-    after = [group.data.clone() for group in groups]
+    after, traces = ([x.clone() for x in xs] for xs in zip(*((g.data, g.traces) for g in groups), strict=True))
     for group, weights, grad in zip(groups, before, raw, strict=True):
         group.before, group.raw = weights, grad
     meta.eta.copy_(entries)
@@ -101,9 +101,13 @@ def test_finite_differences(double, flags):
             moves = [(b - a) * (g == which) for g, (b, a) in enumerate(zip(before, after, strict=True))]
         else:
             step = torch.zeros_like(entries)
-            step[entry] = 1e-4
+            step[entry] = 1e-3
             up, down = gradients(entries + step), gradients(entries - step)
-            moves = [f * (u - d) / 2e-4 for f, u, d in zip(factors, up, down, strict=True)]
+            changes = [(u - d) / 2e-3 for u, d in zip(up, down, strict=True)]
+            moves = [f * change for f, change in zip(factors, changes, strict=True)]
+            for trace, factor, change in zip(traces, factors, changes, strict=True):
+                close = {"rtol": 1e-4, "atol": 1e-5 * float(change.abs().max()) + 1e-7}
+                torch.testing.assert_close(trace[entry] / factor, change, **close)
         eps = 1e-5 / max(float(move.abs().max()) for move in moves)
         high, low = ([a - sign * eps * move for a, move in zip(after, moves, strict=True)] for sign in (1, -1))
         expected.append((outer(high) - outer(low)) / (2 * eps))
@@ -259,6 +263,14 @@ def test_at_the_start_it_is_the_plain_agent():
     for _ in range(3):
         agent.train_step(make_batch(agent))
     assert agent.meta.eta.all()
+
+
+def test_states_count_as_the_outer_loss_discounts_them():
+    for contdisc in ("true", "false"):
+        agent = make_agent(*ONE_STEP, "--horizon", "10", "--meta.horizon", "100", "--contdisc", contdisc)
+        cont, outer = torch.rand(5, 4), 0.99 / (0.9 if contdisc == "true" else 1.0)
+        expected = torch.cumprod(outer * cont, 1) / outer
+        torch.testing.assert_close(agent.behavior._weight(cont), expected)
 
 
 def test_a_bad_update_leaves_it_alone():
