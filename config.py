@@ -177,7 +177,7 @@ RANGES = {
     "meta.kappa": "> 0",
     "meta.limit": ">= 1",
     "meta.horizon": "> 1",
-    "meta.discount_lambda": ">= 0, <= 1",
+    "meta.discount_lambda": "> 0, <= 1",
     "opt.agc": ">= 0",
     "opt.pmin": "> 0",
     "opt.clip": ">= 0",

@@ -198,7 +198,8 @@ class ICM(Distilled):
     """Intrinsic curiosity (Pathak et al. 2017, arXiv 1705.05363): how badly the next features are predicted, features
     that have learned what the actions change and nothing else.
 
-    Minimises (1 - β) inverse + β/2 ‖φ̂(s') - sg(φ(s'))‖² and pays η/2 ‖φ̂(s') - φ(s')‖².
+    Minimises (1 - β) inverse + β/2 ‖φ̂(s') - sg(φ(s'))‖² and pays η/2 ‖φ̂(s') - φ(s')‖², with φ of unit root mean
+    square.
 
     Args:
         target: what φ is made of, see `view`. deter and feat already hold the action, so that no feature is needed to

@@ -4,13 +4,14 @@ arXiv 1805.09801; Zahavy et al. 2020, arXiv 2002.12928). `optim.py` has the othe
 An update moves actor and critic to θ' = θ - m(η), where η are the discount, λ, the scales of entropy and of reward
 streams, and both learning rates. The update after it imagines a fresh batch with θ', on which an outer loss of fixed
 discount and λ, without entropy bonus and without other streams, has the gradient v. So dL/dη = -v · ∂m/∂η, where
-∂m/∂η = P ∂∇L(θ; η)/∂η, and P, what the optimizer multiplies gradients by, counts as constant. As the losses are linear
-in what η changes, each ∂∇L/∂η is the gradient of another such loss: nothing is differentiated twice, and nothing is
-imagined twice.
+∂m/∂η = P ∂∇L(θ; η)/∂η, and what the optimizer multiplies gradients by, P, and the range that returns are normalised by
+count as constant. ∂∇L/∂η is the gradient of ∂L/∂η, which is written down here: nothing is differentiated twice, and
+nothing is imagined twice.
 """
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -19,15 +20,18 @@ from torch import Tensor
 from errors import UserError
 from models import ImagBehavior, Stream
 from networks import features
-from optim import Optimizer
+from optim import Group, Optimizer
 from returns import lambda_return
+
+Seen = tuple[Tensor, Tensor, dict]  # see `OneStep._evaluate`
 
 
 class OneStep:
     """Adapts a behaviour's hyperparameters η. Its floats become numbers on the device, which are written over.
 
     The entries of η are 0 at the start: they are added to the logits of discount and λ, which all streams share, and to
-    the logarithms of all else. Adam moves them, by about `kappa` where the gradients agree.
+    the logarithms of all else, so that a scale of 0 stays 0. Adam moves them, by about `kappa` where gradients agree.
+    What states count in the losses goes by the outer discount, which does not change.
 
     Args:
         scales: of the losses.
@@ -48,10 +52,12 @@ class OneStep:
         horizon: float | None = None,
         discount_lambda: float | None = None,
     ):
-        if not isinstance(behavior, ImagBehavior) or behavior.ppo or behavior.dynamics_share:
+        flat = isinstance(behavior, ImagBehavior)
+        if not flat or behavior.ppo or behavior.dynamics_share:
+            found = "actor_objective: ppo" if flat and behavior.ppo else "gradients through the model"
             raise UserError(
-                "metagrad: one_step goes with behavior: actor_critic, actor_objective: reinforce and imag_gradient: "
-                "reinforce; hypergradient goes with all."
+                f"metagrad: one_step found {found if flat else 'behavior: hierarchical'}, expected actor_critic by "
+                "REINFORCE; --metagrad hypergradient goes with all."
             )
         self.behavior, self.optimizer, self.scales = behavior, optimizer, scales
         self.kappa, self.limit = kappa, math.log(limit)
@@ -59,13 +65,14 @@ class OneStep:
         self.knobs = ["discount", "lambda", "entropy", *(f"scale/{name}" for name in others)]
         self.names = [*self.knobs, *(f"lr_{key}" for key in self.groups)]
         like = next(behavior.parameters())
-        self.eta, self.first, self.second = (like.new_zeros(len(self.names)) for _ in range(3))
-        self.grad = like.new_zeros(len(self.names))  # dL/dη of the update before
+        # One entry per name: η, Adam's moments, and dL/dη of the update before.
+        self.eta, self.first, self.second, self.grad = (like.new_zeros(len(self.names)) for _ in range(4))
         self.count = like.new_zeros(())
         for key in self.groups:
             optimizer.groups[key].follow(len(self.knobs))
 
-        self.outer_discount = behavior.discount if horizon is None else 1 - 1 / horizon
+        self.outer_discount = like.new_tensor(behavior.discount if horizon is None else 1 - 1 / horizon)
+        self.normalizer = copy.deepcopy(behavior.streams["extrinsic"].retnorm)  # of the outer loss's returns
         self.outer_lam = behavior.lam if discount_lambda is None else discount_lambda
         behavior.weight_discount = self.outer_discount
         behavior.keeps = True
@@ -101,89 +108,100 @@ class OneStep:
         """
         groups = [self.optimizer.groups[key] for key in self.groups]
         params = [p for group in groups for p in group.params]
-        device = self.eta.device.type
-        with torch.enable_grad(), torch.autocast(device, enabled=False):
-            outer = torch.autograd.grad(self.outer_loss(), params, allow_unused=True)
-            inner = self.slopes()
+        if self.normalizer:
+            self.normalizer.update(self._outer_return())
+        with torch.enable_grad(), torch.autocast(self.eta.device.type, enabled=False):
+            seen = self._evaluate()
+            losses = [self.outer_loss(seen), *self._slopes(seen).values()]
+        found = [
+            _flat(torch.autograd.grad(x, params, allow_unused=True, retain_graph=x is not losses[-1]), groups)
+            for x in losses
+        ]
         with torch.no_grad():
-            vectors = _flat(outer, groups)
-            knobs = -sum(group.traces @ vector for group, vector in zip(groups, vectors, strict=True))
-            rates = [-torch.dot(group.last, vector) for group, vector in zip(groups, vectors, strict=True)]
+            outer, rows = found[0], found[1:]
+            knobs = -sum(group.traces @ vector for group, vector in zip(groups, outer, strict=True))
+            rates = [-torch.dot(group.last, vector) for group, vector in zip(groups, outer, strict=True)]
             self.grad.copy_(torch.cat([knobs, torch.stack(rates)]))
-        left = len(self.knobs)
-        for row, slope in enumerate(inner[name] for name in self.knobs):
-            left -= 1
-            found = torch.autograd.grad(slope, params, allow_unused=True, retain_graph=left > 0)
-            with torch.no_grad():
-                for group, vector in zip(groups, _flat(found, groups), strict=True):
-                    group.traces[row].copy_(vector)
+            for group, *vectors in zip(groups, *rows, strict=True):
+                group.traces.copy_(torch.stack(vectors))
+        self.behavior.imagined = {}
 
     @torch.no_grad()
     def step(self) -> dict[str, Tensor]:
         """Moves η by `grad`, once the learning rates are warm, and unless the update was a bad one. Returns metrics."""
-        optimizer = self.optimizer
-        ok = torch.isfinite(self.grad).all() & (optimizer.bad == 0) & (optimizer.updates > optimizer.warmup)
+        optimizer, finite = self.optimizer, torch.isfinite(self.grad).all()
+        ok = finite & (self.grad != 0).any() & (optimizer.bad == 0) & (optimizer.updates > optimizer.warmup)
         grad, live = torch.where(ok, self.grad, 0.0), ok.to(self.eta.dtype)
         self.count += live
         count = self.count.clamp(min=1)
         self.first.lerp_(grad, 0.1 * live)
         self.second.lerp_(grad.square(), 0.01 * live)
-        scale = (self.second / (1 - 0.99**count)).sqrt().clamp(min=torch.finfo(grad.dtype).tiny)
-        self.eta.sub_(self.kappa * live * self.first / (1 - 0.9**count) / scale).clamp_(-self.limit, self.limit)
+        scale = (self.second / (1 - 0.99**count)).sqrt()
+        move = torch.where(scale > 0, self.first / (1 - 0.9**count) / scale, 0.0)
+        self.eta.sub_(self.kappa * live * move).clamp_(-self.limit, self.limit)
         self.write()
         rates = optimizer.rates()
-        found = self.values() | {f"lr_{key}": rates[key] for key in self.groups}
-        return {f"meta/{name}": value.clone() for name, value in found.items()}
+        found = (
+            self.values() | {f"lr_{key}": rates[key] for key in self.groups} | {"skipped": 1 - finite.to(grad.dtype)}
+        )
+        return {f"meta/{name}": value for name, value in found.items()}
 
-    def outer_loss(self) -> Float[Tensor, ""]:
+    def outer_loss(self, seen: Seen | None = None) -> Float[Tensor, ""]:
         """What η is to make small: policy and value loss of the task alone, of fixed discount and λ, on what was
         imagined last, with the present weights.
         """
-        seen, weight = self.behavior.imagined, self.behavior.imagined["weight"]
-        stream = self.behavior.streams["extrinsic"]
-        of = seen["streams"]["extrinsic"]
-        live = self.behavior.live(seen["cont"], self.outer_discount)[:, 1:]
-        target = lambda_return(of["reward"], of["boot"], live, self.outer_lam)
-        advantage = stream.normalized(target - of["value"])
-        log_prob = self.behavior.actor(seen["seen"][:, :-1]).log_prob(seen["action"])
-        value_loss = stream.critic(seen["seen"][:, :-1]).loss(target)
-        policy, value = self.scales["policy"], self._scale("value")
-        return (weight * (value * value_loss - policy * advantage * log_prob)).mean()
+        log_prob, _, critics = seen or self._evaluate()
+        of, weight = self.behavior.imagined["streams"]["extrinsic"], self.behavior.imagined["weight"]
+        target = self._outer_return()
+        advantage = (target - of["value"]) / (self.normalizer.scale if self.normalizer else 1.0)
+        policy = self.scales["policy"] * advantage * log_prob
+        return (weight * (self._scale("value") * critics["extrinsic"].loss(target) - policy)).mean()
 
-    def slopes(self) -> dict[str, Float[Tensor, ""]]:
+    def _outer_return(self) -> Float[Tensor, "n h"]:
+        of = self.behavior.imagined["streams"]["extrinsic"]
+        live = self.behavior.live(self.behavior.imagined["cont"], self.outer_discount)[:, 1:]
+        return lambda_return(of["reward"], of["boot"], live, self.outer_lam)
+
+    def _evaluate(self) -> Seen:
+        """Log-probabilities and entropies of the policy, and the critics' distributions, in the imagined states."""
+        behavior, states = self.behavior, self.behavior.imagined["seen"][:, :-1]
+        dist = behavior.actor(states)
+        critics = {name: stream.critic(states) for name, stream in behavior.streams.items()}
+        return dist.log_prob(behavior.imagined["action"]), dist.entropy(), critics
+
+    def _slopes(self, seen: Seen) -> dict[str, Float[Tensor, ""]]:
         """{knob: ∂L/∂η}, as functions of the weights: their gradients are how the gradient of the loss depends on η."""
-        behavior, values = self.behavior, self.values()
-        seen, weight = behavior.imagined, behavior.imagined["weight"]
-        dist = behavior.actor(seen["seen"][:, :-1])
-        log_prob, entropy = dist.log_prob(seen["action"]), dist.entropy()
+        behavior, values, (log_prob, entropy, critics) = self.behavior, self.values(), seen
+        imagined, weight = behavior.imagined, behavior.imagined["weight"]
         policy = -self.scales["policy"] * weight
-        found = {"entropy": (policy * values["entropy"] * entropy).mean()}
-        moved = {"discount": 0.0, "lambda": 0.0}
+        found = {"discount": 0.0, "lambda": 0.0, "entropy": (policy * values["entropy"] * entropy).mean()}
         for name, stream in behavior.streams.items():
-            of, of_stream = seen["streams"][name], stream.scale * policy * log_prob
+            of, of_stream = imagined["streams"][name], stream.scale * policy * log_prob
             if name != "extrinsic":
                 found[f"scale/{name}"] = (of_stream * stream.normalized(of["return"] - of["value"])).mean()
-            value_scale = self._scale("value" if name == "extrinsic" else f"value/{name}")
-            live = behavior.live(seen["cont"], stream.discount)[:, 1:]
+            live = behavior.live(imagined["cont"], stream.discount)[:, 1:]
             by = _sensitivity(of["reward"], of["boot"], of["return"], live, stream.discount, behavior.lam)
-            slope = value_scale * weight * stream.critic(seen["seen"][:, :-1]).slope(of["return"])
-            replay = self._replay_slopes(stream, by) if "replay" in seen and name == "extrinsic" else {}
+            value = self._scale("value" if name == "extrinsic" else f"value/{name}")
+            slope = value * weight * critics[name].slope(of["return"])
+            replay = self._replay_slopes(stream, by) if name == "extrinsic" else {}
             for knob, change in by.items():
                 inner = (of_stream * stream.normalized(change) + slope * change).mean()
-                moved[knob] = moved[knob] + inner + replay.get(knob, 0.0)
-        return found | {knob: moved[knob] * values[knob] * (1 - values[knob]) for knob in moved}  # of a logit
+                # Of a logit: its value changes by x (1 - x).
+                changed = values[knob] * (1 - values[knob])
+                found[knob] = found[knob] + (inner + replay.get(knob, 0.0)) * changed
+        return found
 
-    def _replay_slopes(self, stream: Stream, by: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _replay_slopes(self, stream: Stream, by: Mapping[str, Float[Tensor, "n h"]]) -> dict[str, Float[Tensor, ""]]:
         """The replay value loss's, whose bootstrap are the imagined returns, which change by `by`."""
-        behavior, seen, replay = self.behavior, self.behavior.imagined, self.behavior.imagined["replay"]
+        behavior, replay = self.behavior, self.behavior.imagined["replay"]
         shape = replay["reward"].shape
-        boot = seen["streams"]["extrinsic"]["return"][:, 0].unflatten(0, shape)
+        boot = behavior.imagined["streams"]["extrinsic"]["return"][:, 0].unflatten(0, shape)
         boots = {knob: change[:, 0].unflatten(0, shape) for knob, change in by.items()}
         last, terminal = (replay[key].to(boot.dtype)[:, 1:] for key in ("is_last", "is_terminal"))
         live, reward, goes_on = stream.discount * (1 - terminal), replay["reward"][:, 1:], 1 - last
         target = lambda_return(reward, boot, live, behavior.lam * goes_on)
         changes = _sensitivity(reward, boot, target, live, stream.discount, behavior.lam, goes_on, boots)
-        slope = stream.critic(features(replay).detach()[:, :-1]).slope(target)
+        slope = stream.critic(features(replay)[:, :-1]).slope(target)
         counts = self._scale("repval") * (~replay["is_last"][:, :-1]).to(slope.dtype)
         return {knob: (counts * slope * change).mean() for knob, change in changes.items()}
 
@@ -191,15 +209,15 @@ class OneStep:
         return self.scales[loss if loss in self.scales else loss.split("/")[0]]
 
     def state_dict(self) -> dict:
-        names = ("eta", "first", "second", "count")
-        return {"names": list(self.names)} | {name: getattr(self, name).clone() for name in names}
+        kept = {name: getattr(self, name).clone() for name in ("eta", "first", "second", "count")}
+        return kept | {"normalizer": self.normalizer.state_dict() if self.normalizer else {}}
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises UserError if the state is of other hyperparameters."""
-        if list(state["names"]) != self.names:
-            raise UserError(f"The checkpoint adapts {', '.join(state['names'])}; expected {', '.join(self.names)}.")
+        """Restores `state_dict()`, of the same streams."""
         for name in ("eta", "first", "second", "count"):
             getattr(self, name).copy_(state[name])
+        if self.normalizer:
+            self.normalizer.load_state_dict(state["normalizer"])
         self.write()
 
 
@@ -222,10 +240,12 @@ def _sensitivity(
     return {knob: lambda_return(change, boots[knob], live, lam * goes_on) for knob, change in direct.items()}
 
 
-def _flat(grads: tuple, groups: list) -> list[Tensor]:
+def _flat(grads: Sequence[Tensor | None], groups: Sequence[Group]) -> list[Float[Tensor, " size"]]:
     """Gradients of all parameters of some groups, None for 0, as one vector per group."""
-    grads = iter(grads)
-    return [
-        torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(group.params, grads)])  # noqa: B905
-        for group in groups
-    ]
+    rest = list(grads)
+    vectors = []
+    for group in groups:
+        own, rest = rest[: len(group.params)], rest[len(group.params) :]
+        own = [torch.zeros_like(p) if g is None else g for p, g in zip(group.params, own, strict=True)]
+        vectors.append(torch.cat([g.flatten() for g in own]))
+    return vectors

@@ -382,8 +382,8 @@ class ImagBehavior(Behavior):
                 f"actor_objective: ppo scores actions by their probability; imag_gradient is {imag_gradient}."
             )
         self.ppo, self.rollouts = actor_objective == "ppo", []
-        self.weight_discount = self.discount
-        self.keeps, self.imagined = False, {}  # whether, and what, is kept for meta-gradients
+        self.weight_discount = self.discount  # what later states count less by in all losses
+        self.keeps, self.imagined = False, {}  # whether the last trajectory is kept for meta-gradients, and it
         self.imag_horizon, self.imag_last = imag_horizon, imag_last
         self.dynamics_share = {"reinforce": 0.0, "dynamics": 1.0, "both": imag_gradient_mix}[imag_gradient]
         options = {"discount": self.discount, "critic": critic, "retnorm": retnorm if reward_EMA else None}
@@ -435,12 +435,12 @@ class ImagBehavior(Behavior):
         log_prob, entropy = (torch.stack(steps[:-1], 1) for steps in zip(*scores, strict=True))
         traj |= {"log_prob": log_prob, "entropy": entropy}
         more, found, kept = self.learn(world_model, traj, post, batch)
+        given = {"seen": traj["seen"].detach(), "action": traj["action"][:, :-1].detach()}
         if self.ppo:
-            given = (traj["seen"], traj["action"][:, :-1], log_prob)
-            given = (value.detach() for value in given)
-            self.rollouts = [Rollout(self.actor, self.streams, self.entropy_scale, *given, **kept)]
+            given |= {"log_prob": log_prob.detach(), "advantage": kept["advantage"], "weight": kept["weight"]}
+            returns = {name: of["return"] for name, of in kept["streams"].items()}
+            self.rollouts = [Rollout(self.actor, self.streams, self.entropy_scale, returns=returns, **given)]
         if self.keeps:
-            given = {"seen": traj["seen"].detach(), "action": traj["action"][:, :-1].detach()}
             self.imagined = kept | given | {"replay": batch | {key: x.detach() for key, x in post.items()}}
         return losses | more, metrics | found
 
@@ -448,7 +448,8 @@ class ImagBehavior(Behavior):
         self, world_model: WorldModel, traj: dict[str, Tensor], post: State, batch: dict
     ) -> tuple[Losses, Metrics, dict]:
         """The losses of a trajectory that was imagined already, for all steps at once (see `loss`); metrics; and what
-        they were made of: `advantage`, `weight` [N, H] and `returns` {stream: [N, H]}; with `keeps`, all of it.
+        they were made of: `advantage`, `weight` [N, H], `cont` [N, H+1], and `streams` {stream: `reward`, `return`,
+        `value` [N, H], `boot` [N, H+1]}.
 
         `traj` is `WorldModel.imagine`'s, what actor and critics saw there, `seen`, and `log_prob`, `entropy` [N, H] of
         its actions, with gradient to the actor.
@@ -459,7 +460,7 @@ class ImagBehavior(Behavior):
         seen, entropy = traj["seen"].detach(), traj["entropy"]
         weight = self._weight(cont).detach()[:, :-1]
 
-        losses, metrics, returns, advantage, streams = {}, {}, {}, 0.0, {}
+        losses, metrics, streams, advantage = {}, {}, {}, 0.0
         for name, stream in self.streams.items():
             dist = stream.critic(seen)
             value = baseline = dist.mode().detach()
@@ -468,8 +469,8 @@ class ImagBehavior(Behavior):
                     value = stream.target_value(traj["seen"])
                 reward = stream.reward(world_model, traj)
                 ret = lambda_return(reward, value, self.live(cont, stream.discount)[:, 1:], self.lam)
-            returns[name] = ret.detach()
-            streams[name] = {"reward": reward, "boot": value, "value": baseline[:, :-1], "return": returns[name]}
+            kept = {"reward": reward, "boot": value, "value": baseline[:, :-1], "return": ret}
+            streams[name] = {key: x.detach() for key, x in kept.items()}
             if stream.retnorm:
                 stream.retnorm.update(ret)
             advantage = advantage + stream.scale * stream.normalized(ret - baseline[:, :-1])
@@ -496,9 +497,8 @@ class ImagBehavior(Behavior):
             "policy/advantage_std": advantage.detach().std(),
             "policy/cont": cont.detach().mean(),
         }
-        if self.keeps:
-            return losses, metrics, {"weight": weight, "cont": cont, "streams": streams}
-        return losses, metrics, {"advantage": advantage.detach(), "weight": weight, "returns": returns}
+        kept = {"advantage": advantage.detach(), "weight": weight, "cont": cont.detach(), "streams": streams}
+        return losses, metrics, kept
 
     def _rollout_policy(self, seen: list[Tensor], scores: list[tuple[Tensor, Tensor]]) -> Policy:
         """The policy in imagination. What it sees joins `seen`; the log-probabilities and entropies of what it does,
@@ -524,13 +524,19 @@ class ImagBehavior(Behavior):
         return action, dist.log_prob(action.detach()), dist.entropy()
 
     def live(self, cont: Tensor, discount: float | Tensor) -> Tensor:
-        """Discount times probability of going on; `cont` already holds the task's discount if `contdisc`."""
-        return cont * (discount / self.discount if self.contdisc else discount)
+        """Discount times probability of going on; `cont` already holds the task's discount if `contdisc`. A discount
+        that adapts, a tensor, may be above the task's, so that the probability alone is kept below 1.
+        """
+        if not self.contdisc:
+            return cont * discount
+        if isinstance(discount, Tensor):
+            return (cont / self.discount).clamp(max=1) * discount
+        return cont * (discount / self.discount)
 
     def _weight(self, cont: Float[Tensor, "n states"]) -> Float[Tensor, "n states"]:
         """Discounted probability of being in each state, before its action's outcome: cumprod(disc cont) / disc."""
         discount = self.weight_discount / self.discount if self.contdisc else self.weight_discount
-        return torch.cumprod(discount * cont, 1) / discount
+        return torch.cumprod(self.live(cont, self.weight_discount), 1) / discount
 
     def _objective(self, log_prob: Float[Tensor, "n h"], advantage: Float[Tensor, "n h"]) -> Float[Tensor, "n h"]:
         reinforce = log_prob * advantage.detach()

@@ -177,7 +177,9 @@ class Optimizer:
         group.second.lerp_(grad.square(), (1 - self.beta2) * live)
         scale = (group.second / correct2).sqrt_().add_(self.eps)
         if group.traces is not None:
-            moved = group.traces * (rate * (1 - self.beta1) / correct1) / scale
+            # No gradient moves a weight by more than this; a trace might, where gradients were 0 so far.
+            most = (1 - self.beta2) ** -0.5
+            moved = (group.traces / scale).clamp_(-most, most) * (rate * (1 - self.beta1) / correct1)
             group.traces.copy_(torch.where(ok, moved, 0.0))
         if self.laprop:
             group.first.lerp_(grad.div_(scale), (1 - self.beta1) * live)
@@ -187,7 +189,7 @@ class Optimizer:
             move = (group.first / correct1).div_(scale).mul_(rate)
         group.data.sub_(move)
         if group.last is not None:
-            group.last.copy_(torch.where(ok, move, group.last))
+            group.last.copy_(torch.where(ok, move, group.last if group.traces is None else 0.0))
         return move.square_().sum()
 
     def _adapt(self, group: Group, live: Float[Tensor, ""]) -> None:
@@ -209,8 +211,10 @@ class Optimizer:
         weights = torch.stack(torch._foreach_norm(group.split(group.data)))
         norms = torch.stack(torch._foreach_norm(grads))
         scales = 1 / (norms / (self.agc * weights.clamp(min=self.pmin))).clamp(min=1.0)
-        for flat in (group.grad, *(() if group.traces is None else group.traces)):
-            torch._foreach_mul_(group.split(flat), list(scales.unbind()))
+        scales = list(scales.unbind())
+        torch._foreach_mul_(grads, scales)
+        for row in () if group.traces is None else group.traces:
+            torch._foreach_mul_(group.split(row), scales)
 
     def state_dict(self) -> dict:
         """Moments under the names of their parameters, so that a checkpoint reads like a table of contents."""

@@ -452,6 +452,7 @@ def test_cost_of_behaviours(capsys):
     line = last_line(capsys)["of"]
     assert list(line) == ["greedy", "plan2explore", "hierarchical", "one_step"]
     assert line["greedy"]["ratio"] == 1 and all(of["median_s"] > 0 for of in line.values())
+    assert line["one_step"]["flop"] > line["greedy"]["flop"]
     for name in ("plan2explore", "hierarchical"):
         assert line[name]["flop"] > line["greedy"]["flop"] and line[name]["params"] > line["greedy"]["params"]
 
