@@ -242,6 +242,7 @@ def near(world: Ring, act, steps: int = 8) -> float:
     return float(torch.stack(rewards).mean())
 
 
+@pytest.mark.slow
 def test_the_worker_comes_near_replayed_goals():
     torch.manual_seed(0)
     world, sizes = Ring(), {"layers": 1, "units": 32}

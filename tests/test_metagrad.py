@@ -227,6 +227,7 @@ def train(
     return behavior, {key: float(value) for key, value in metrics.items()}
 
 
+@pytest.mark.slow
 def test_the_discount_rises_where_the_reward_is_far():
     """Started at 0.5, the reward counts a sixty-fourth at the corridor's other end."""
     behavior, metrics = train(150, horizon=2, kappa=0.05)
@@ -234,6 +235,7 @@ def test_the_discount_rises_where_the_reward_is_far():
     assert behavior.streams["extrinsic"].discount == pytest.approx(metrics["meta/discount"])
 
 
+@pytest.mark.slow
 def test_the_weight_of_planted_noise_falls_and_that_of_a_hint_rises():
     """Noise: a random number per cell and action, scaled up to unit range like every intrinsic reward."""
     generator = torch.Generator().manual_seed(3)
