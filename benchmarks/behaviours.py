@@ -9,7 +9,6 @@ the configuration may follow.
 """
 
 import statistics
-import time
 from collections.abc import Sequence
 
 import common
@@ -40,14 +39,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     settings = {name: common.parse(parser, argv, *FLAGS[name].split()) for name in names}
     args = settings["greedy"]
     learners = {name: common.Learner(args.obs, own.config) for name, own in settings.items()}
-    times = {name: [] for name in names}
-    for turn in range(1 + args.warmup + args.repeats):
-        for name, learner in learners.items():
-            start = time.perf_counter()
-            learner.update()
-            learner.finish()
-            if turn > args.warmup:
-                times[name].append(time.perf_counter() - start)
+    times = common.in_turn(learners, args.warmup, args.repeats)
     rows, found = [], {}
     for name, took in times.items():
         ratio = statistics.median(own / base for own, base in zip(took, times["greedy"], strict=True))

@@ -7,7 +7,8 @@ steps from all 1,024 states.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,22 @@ class Learner(Trainer):
         """A batch on the device, as `train_step` takes it."""
         batch = self.replay.sample(self.config.batch_size)
         return self.agent.to_device({**batch, "context": batch.context})
+
+
+def in_turn(learners: Mapping[str, Learner], warmup: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each one's updates, all of them in turn, so that what slows the machine slows them alike.
+
+    The first update and `warmup` more are not counted.
+    """
+    times = {name: [] for name in learners}
+    for turn in range(1 + warmup + repeats):
+        for name, learner in learners.items():
+            start = time.perf_counter()
+            learner.update()
+            learner.finish()
+            if turn > warmup:
+                times[name].append(time.perf_counter() - start)
+    return times
 
 
 def fill(replay: Replay, obs_space: dict[str, gs.Space], steps: int, rng: np.random.Generator) -> None:

@@ -8,7 +8,6 @@ a machine that changes its pace does not change it. Any key of the configuration
 """
 
 import statistics
-import time
 from collections.abc import Sequence
 
 import common
@@ -24,14 +23,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     args = common.parse(parser, argv)
     loads = [args.obs, *(f"{args.obs}+{kind}" for kind in args.kinds)]
     learners = {load: common.Learner(load, args.config) for load in loads}
-    times = {load: [] for load in loads}
-    for turn in range(1 + args.warmup + args.repeats):
-        for load, learner in learners.items():
-            start = time.perf_counter()
-            learner.update()
-            learner.finish()
-            if turn > args.warmup:
-                times[load].append(time.perf_counter() - start)
+    times = common.in_turn(learners, args.warmup, args.repeats)
     rows, found = [], {}
     plain = times[args.obs]
     for load, took in times.items():

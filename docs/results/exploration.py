@@ -14,7 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from plot import read_run  # noqa: E402
+from plot import read_run, save  # noqa: E402
 
 
 def behaviour(path: Path) -> str:
@@ -58,11 +58,7 @@ def main() -> None:
         rewards = ", ".join("never" if first is None else f"{first:,.0f}" for first in firsts)
         print(f"| {name} | {len(paths)} | {' | '.join(cells)} | {rewards} |")
     axes.set(xlabel="environment steps", ylabel="share of cells visited", ylim=(0, 1))
-    axes.set_xlim(0)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(args.out, dpi=150)
-    print(args.out)
+    save(figure, axes, args.out)
 
 
 if __name__ == "__main__":

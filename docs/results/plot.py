@@ -61,11 +61,16 @@ def main() -> None:
         axes.plot(frames, mean, color="black", label="paper: mean of 5 seeds")
         axes.fill_between(frames, low, high, color="black", alpha=0.15, label="paper: ± one standard deviation")
     axes.set(xlabel="environment steps (frames)", ylabel="return", title=args.task)
+    save(figure, axes, args.out)
+
+
+def save(figure: plt.Figure, axes: plt.Axes, out: Path) -> None:
+    """Finishes curves over steps from 0 on, and tells where they are."""
     axes.set_xlim(0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(args.out, dpi=150)
-    print(args.out)
+    figure.savefig(out, dpi=150)
+    print(out)
 
 
 if __name__ == "__main__":
