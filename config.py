@@ -288,6 +288,10 @@ class Config(Mapping):
         """A copy with other values, checked as in `load`: `config.replace(**{'encoder.units': 64})`."""
         return Config(_nest({**self.flat(), **_Schema(self).settings(changes, "replace")}), self._given)
 
+    def override(self, /, **changes: Any) -> Config:
+        """As `replace`, and these count as `given`."""
+        return Config(self.replace(**changes)._values, self._given | _Schema(self).settings(changes, "override").keys())
+
     def given(self) -> dict[str, Any]:
         """The settings that were written on the command line, by their dotted names (those of blocks are not)."""
         return {key: value for key, value in self.flat().items() if key in self._given}

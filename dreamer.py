@@ -357,19 +357,25 @@ class Dreamer(nn.Module):
     def restore(self, state: dict, weights_only: bool = False) -> None:
         """Loads `checkpoint()`. With `weights_only` the optimizer and the generators stay as they are.
 
-        Raises UserError if the weights belong to networks of other sizes."""
+        Raises UserError if the weights belong to networks of other sizes, or parts are missing."""
         try:
             self.world_model.load_state_dict(state["world_model"])
             self.behavior.load_state_dict(state["behavior"])
             if self.explorer and (not weights_only or "explorer" in state):
                 self.explorer.load_state_dict(state["explorer"])
+            self.weights_changed()
+            if not weights_only:
+                # The rates are the configuration's, which a resumed run may change (--force true --opt.lr ...).
+                self.optimizer.load_state_dict(state["optimizer"], rates=False)
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise UserError(f"The checkpoint's networks differ from the configured ones: {reason}") from error
-        self.weights_changed()
+        except KeyError as error:
+            raise UserError(
+                f"The checkpoint has nothing of {error}, which was not trained then: start another --logdir with "
+                "--checkpoint, whose weights it begins with."
+            ) from error
         if not weights_only:
-            # The rates are the configuration's, which a resumed run may change (--force true --opt.lr ...).
-            self.optimizer.load_state_dict(state["optimizer"], rates=False)
             if self.meta and "metagrad" in state:
                 self.meta.load_state_dict(state["metagrad"])
             for key, generator in self._generators().items():
@@ -742,6 +748,7 @@ class Trainer:
             if returns and not self.shutdown.requested:  # cut short, it would favour short episodes
                 mean, std = np.mean(returns), np.std(returns)
                 log.info(f"Evaluation return: {mean:.1f} ± {std:.1f} over {len(returns)} episodes")
+                log.debug(f"Returns: {', '.join(f'{ret:.4g}' for ret in returns)}; lengths: {lengths}")
                 self.logger.scalars({"eval/return": mean, "eval/return_std": std, "eval/length": np.mean(lengths)})
                 self.logger.scalars({f"eval/{name}": np.mean(values) for name, values in entries.items()})
                 if self.config.save_best and mean > self.best:
@@ -784,6 +791,7 @@ class Trainer:
         scalars |= {"train/updates": self.updates, "train/episodes": self.episodes}
         scalars |= {f"replay/{key}": value for key, value in self.replay.stats().items()}
         self.metrics, self.episode_metrics = tools.Metrics(), tools.Metrics()
+        log.debug(f"At update {self.updates}: " + ", ".join(f"{key} {value:.4g}" for key, value in scalars.items()))
         self.logger.scalars(scalars)
         self.logger.write(self.frames, fps=True)
 
@@ -810,13 +818,14 @@ class Trainer:
                 "config": self.config.flat(),
                 "counters": counters,
                 **self.agent.checkpoint(),
-                "exploration": self.random.state(),
+                "random_actions": self.random.state(),
                 "replay": self.replay.state(),
                 "eval_replay": self.eval_replay.state() if self.eval_replay else None,
                 "metrics": {"updates": self.metrics.state(), "episodes": self.episode_metrics.state()},
             },
         )
         self.saved_at = self.updates
+        log.debug(f"Saved {self.logdir / name} at frame {self.frames}, update {self.updates}")
         return True
 
     def _resume(self) -> bool:
@@ -832,6 +841,11 @@ class Trainer:
                 log.info(f"Weights from {self.config.checkpoint}")
             return bool(self.replay.steps) and not self.offline
         state = load_run(path)
+        if path.name != "latest.pt" and self.frames >= self.config.steps:
+            raise UserError(
+                f"{path}: the run is at frame {self.frames:,} of {self.config.steps:,.0f}, so that nothing would be "
+                "trained, and its older weights would replace latest.pt: raise --steps."
+            )
         self.agent.restore(state)
         counters = state["counters"]
         self.updates, self.episodes = counters["updates"], counters["episodes"]
@@ -848,7 +862,7 @@ class Trainer:
         self.best = max(known)  # the best may be newer than the latest
         self.metrics.load_state(state["metrics"]["updates"], self.device)
         self.episode_metrics.load_state(state["metrics"]["episodes"], "cpu")
-        self.random.load_state(state["exploration"])
+        self.random.load_state(state.get("random_actions") or state["exploration"])  # as it was called once
         self.replay.load_state(state["replay"])
         if self.eval_replay and state["eval_replay"]:
             self.eval_replay.load_state(state["eval_replay"])

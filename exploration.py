@@ -9,6 +9,7 @@ Alignment is that of `models.py`: what sees the action uses the states [:-1], wh
 """
 
 import difflib
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -154,12 +155,12 @@ class Distilled(Intrinsic):
     """A reward that needs what was really seen: its signal is computed on the replay, and a head learns to predict it
     upon arrival at imagined states, in units of the signal's root mean square so far.
 
-    Subclasses give `signal` and `name`.
+    Subclasses give `signal` and `name`. head: options of what predicts it, those of the reward head.
     """
 
     name = ""
 
-    def __init__(self, world_model: WorldModel, head: Mapping):
+    def __init__(self, world_model: WorldModel, action_size: int, classes: Sequence[int], *, head: Mapping):
         super().__init__()
         self.head = ScalarHead(world_model.rssm.feat_size, **head)
         self.register_buffer("square", torch.zeros(()))
@@ -225,7 +226,7 @@ class ICM(Distilled):
         layers: int = 1,
         units: int = 256,
     ):
-        super().__init__(world_model, head)
+        super().__init__(world_model, action_size, classes, head=head)
         self.target, self.beta, self.eta, self.log = target, beta, eta, log
         self.classes = tuple(classes)
         self.phi = mlp(width(world_model, target), features, units, layers)
@@ -277,7 +278,7 @@ class RND(Distilled):
         layers: int = 2,
         units: int = 256,
     ):
-        super().__init__(world_model, head)
+        super().__init__(world_model, action_size, classes, head=head)
         self.target = target
         self.fixed, self.model = (mlp(width(world_model, target), features, units, layers) for _ in range(2))
         self.fixed.requires_grad_(False)
@@ -292,9 +293,6 @@ class Surprise(Distilled):
     """Bayesian surprise: KL(posterior ‖ prior) of a step, what seeing it told the world model."""
 
     name = "surprise"
-
-    def __init__(self, world_model: WorldModel, action_size: int, classes: Sequence[int], *, head: Mapping):
-        super().__init__(world_model, head)
 
     def signal(self, world_model: WorldModel, post: State, batch: dict) -> tuple[Tensor, Tensor, Metrics]:
         surprise, _ = world_model.rssm.kl(post, world_model.rssm.prior(post["deter"]))
@@ -474,7 +472,10 @@ REWARDS: dict[str, tuple[Callable, str | None]] = {
 
 
 def register_reward(name: str, reward: Callable) -> None:
-    """Makes `name` an intrinsic reward: `reward(world_model, action_size, classes)` gives an `Intrinsic`."""
+    """Makes `name` an intrinsic reward: `reward(world_model, action_size, classes)` gives an `Intrinsic`.
+
+    One with a parameter `head`, such as `Distilled`, is given the options of the reward head, too.
+    """
     REWARDS[name] = (reward, None)
 
 
@@ -490,14 +491,16 @@ def make_reward(name: str, world_model: WorldModel, action_size: int, classes: S
         options["units"] = options["units"] or config.actor["units"]
     else:
         options = dict(config[section]) if section else {}
-    if isinstance(kind, type) and issubclass(kind, Distilled) and kind.__init__ is not Distilled.__init__:
+    if "head" in inspect.signature(kind).parameters:
         options["head"] = config.reward_head
     return kind(world_model, action_size, classes, **options)
 
 
 def task_rewards(world_model: WorldModel, action_size: int, classes: Sequence[int], config) -> dict:
-    """The streams of the task's behaviour: {name: (reward, scale)}; with `expl_streams` unless an explorer has them."""
-    own = {"extrinsic": (extrinsic_reward, 1.0)}
+    """The streams of the task's behaviour, {name: (reward, scale, horizon)}; with `expl_streams` unless an explorer has
+    them.
+    """
+    own = {"extrinsic": (extrinsic_reward, 1.0, None)}
     return own if explorer_of(config) else own | _streams(world_model, action_size, classes, config)
 
 
@@ -509,9 +512,10 @@ def make_explorer(
     if name is None:
         return None
     reward = make_reward(name, world_model, action_size, classes, config)
-    rewards = {name: (reward, config.expl_intr_scale)} | _streams(world_model, action_size, classes, config)
+    rewards = {name: (reward, config.expl_intr_scale, config.expl_horizon)}
+    rewards |= _streams(world_model, action_size, classes, config)
     if config.expl_extr_scale:
-        rewards["extrinsic"] = (extrinsic_reward, config.expl_extr_scale)
+        rewards["extrinsic"] = (extrinsic_reward, config.expl_extr_scale, None)
     if isinstance(reward, Diversity):
         return behave(SkillBehavior, rewards=rewards, extra=reward.skills)
     return behave(ImagBehavior, rewards=rewards)
@@ -523,17 +527,21 @@ def explorer_of(config) -> str | None:
 
 
 def _streams(world_model: WorldModel, action_size: int, classes: Sequence[int], config) -> dict:
-    """`expl_streams`, "name:scale,name:scale", as {name: (reward, scale)}."""
+    """`expl_streams`, "name:scale,name:scale:horizon", as {name: (reward, scale, horizon)}, that of the task None."""
     found = {}
     for entry in filter(None, (part.strip() for part in config.expl_streams.split(","))):
-        name, _, scale = entry.partition(":")
+        name, *numbers = entry.split(":")
         try:
-            weight = float(scale)
+            scale, horizon = [*map(float, numbers), *[None] * (2 - len(numbers))]
+            if scale is None or (horizon is not None and not horizon >= 1):
+                raise ValueError
         except ValueError:
-            raise UserError(f"expl_streams: found '{entry}', expected name:scale, such as icm:0.1") from None
+            raise UserError(
+                f"expl_streams: found '{entry}', expected name:scale or name:scale:horizon, such as icm:0.1:50"
+            ) from None
         if name == "diayn":
             raise UserError("expl_streams: diayn needs a policy that is given its skill: use --expl_behavior diayn")
         if name in found or name == explorer_of(config):
             raise UserError(f"expl_streams: '{name}' is there already.")
-        found[name] = (make_reward(name, world_model, action_size, classes, config), weight)
+        found[name] = (make_reward(name, world_model, action_size, classes, config), scale, horizon)
     return found

@@ -118,7 +118,8 @@ class Hierarchy(Behavior):
     Args:
         deter: width of the recurrent state, which comes first in the features.
         actor, critic, retnorm: options of both policies and of all critics.
-        rewards: {stream: (reward, scale)} of the manager, none for the task's alone.
+        rewards: {stream: (reward, scale, horizon)} of the manager, the horizon in agent steps, None for the manager's;
+            none for the task's alone.
         every: steps between two decisions of the manager; `imag_horizon` is a multiple.
         goal: options of the autoencoder. novelty: scale of its error as a reward of the manager.
         manager_horizon: decisions; the manager's discount is 1 - 1/manager_horizon for each.
@@ -148,7 +149,7 @@ class Hierarchy(Behavior):
         discount_lambda: float = 0.95,
         reward_EMA: bool = True,
         actor_objective: str = "ppo",
-        rewards: Mapping[str, tuple[Callable, float]] | None = None,
+        rewards: Mapping[str, tuple[Callable, float, float | None]] | None = None,
     ):
         super().__init__()
         taken = {"novelty", "worker"} & dict(rewards or {}).keys()
@@ -171,11 +172,15 @@ class Hierarchy(Behavior):
         self.manager = Actor(feat_size, autoencoder.size, (autoencoder.classes,) * autoencoder.groups, **actor)
         self.worker = Actor(feat_size + deter, action_size, classes, **actor)
         options = {"critic": critic, "retnorm": retnorm if reward_EMA else None}
-        rewards = dict(rewards or {"extrinsic": (extrinsic_reward, 1.0)}) | {"novelty": (autoencoder, novelty)}
+        rewards = dict(rewards or {"extrinsic": (extrinsic_reward, 1.0, None)})
+        rewards |= {"novelty": (autoencoder, novelty, None)}
+        discounts = {
+            name: (1 - 1 / own) ** every if own else 1 - 1 / manager_horizon for name, (_, _, own) in rewards.items()
+        }
         self.streams = nn.ModuleDict(
             {
-                name: Stream(reward, feat_size, scale=scale, discount=1 - 1 / manager_horizon, **options)
-                for name, (reward, scale) in rewards.items()
+                name: Stream(reward, feat_size, scale=scale, discount=discounts[name], **options)
+                for name, (reward, scale, _) in rewards.items()
             }
         )
         self.streams["worker"] = Stream(goal_reward, feat_size + deter, scale=1.0, discount=self.discount, **options)
@@ -284,13 +289,15 @@ class Hierarchy(Behavior):
                 if stream.retnorm:  # the first decision stands for those that are not whole
                     stream.retnorm.update(torch.where(whole, returns[name], returns[name][:, :1]))
                 advantage = advantage + stream.scale * stream.normalized(returns[name] - value[:, :-1])
-                metrics |= {f"policy/return/{name}": returns[name].mean(), f"policy/reward/{name}": steps.mean()}
+                suffix = "" if name == "extrinsic" else f"/{name}"
+                metrics |= {f"policy/return{suffix}": returns[name].mean(), f"policy/reward{suffix}": steps.mean()}
             value_loss = weight * stream.value_loss(seen, dist, returns[name])[:, :-1]
             losses[f"value/{name}"] = value_loss.mean(1)
         dist = self.manager(seen[:, :-1])
         log_prob, entropy = dist.log_prob(code), dist.entropy()
         losses["policy/manager"] = -(weight * (log_prob * advantage + self.entropy_scale * entropy)).mean(1)
         metrics |= {"policy/manager_entropy": entropy.detach().mean()}
+        metrics |= {"policy/manager_loss": losses["policy/manager"].detach().mean()}
         kept = {"seen": seen, "action": code, "log_prob": log_prob.detach(), "advantage": advantage}
         return losses, metrics, kept | {"weight": weight, "returns": returns}
 

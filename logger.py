@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 CONSOLE = rich.console.Console()
 
 # Scalars of the line `Step N: {...}`; if a write has none of these, it shows all it has.
-CONSOLE_SCALARS = r"(episode|eval)/(return|length|score)|.*_loss|time/fps|replay/steps"
+CONSOLE_SCALARS = r"(episode|eval)/(return|length|score)|.*_loss|intrinsic/empowerment|meta/.*|time/fps|replay/steps"
 
 
 # Files

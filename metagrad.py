@@ -59,6 +59,11 @@ class OneStep:
                 f"metagrad: one_step found {found if flat else 'behavior: hierarchical'}, expected actor_critic by "
                 "REINFORCE; --metagrad hypergradient goes with all."
             )
+        own = [name for name, stream in behavior.streams.items() if stream.discount != behavior.discount]
+        if own:
+            raise UserError(
+                f"metagrad: one_step moves one discount for all streams: expl_streams gives {own[0]} its own."
+            )
         self.behavior, self.optimizer, self.scales = behavior, optimizer, scales
         self.kappa, self.limit = kappa, math.log(limit)
         others = [name for name in behavior.streams if name != "extrinsic"]

@@ -341,7 +341,8 @@ class ImagBehavior(Behavior):
         horizon, contdisc: the discount is 1 - 1/horizon, inside the continue head's prediction if `contdisc`.
         reward_EMA: scale advantages by the moving range of returns.
         actor_objective: reinforce, or ppo: `rollouts` then has what `ppo.improve` goes on with.
-        rewards: {stream: (its reward, see `Stream`, and the weight of its advantage)}; none for the task's alone.
+        rewards: {stream: (its reward, see `Stream`, the weight of its advantage, and its horizon in agent steps, None
+            for `horizon`)}; none for the task's alone.
         extra: numbers that actor and critics are given beyond the state (see `see`); as many join an action's noise.
     """
 
@@ -363,7 +364,7 @@ class ImagBehavior(Behavior):
         discount_lambda: float = 0.95,
         reward_EMA: bool = True,
         actor_objective: str = "reinforce",
-        rewards: Mapping[str, tuple[Callable, float]] | None = None,
+        rewards: Mapping[str, tuple[Callable, float, float | None]] | None = None,
         extra: int = 0,
     ):
         super().__init__()
@@ -386,11 +387,11 @@ class ImagBehavior(Behavior):
         self.keeps, self.imagined = False, {}  # whether the last trajectory is kept for meta-gradients, and it
         self.imag_horizon, self.imag_last = imag_horizon, imag_last
         self.dynamics_share = {"reinforce": 0.0, "dynamics": 1.0, "both": imag_gradient_mix}[imag_gradient]
-        options = {"discount": self.discount, "critic": critic, "retnorm": retnorm if reward_EMA else None}
+        options = {"critic": critic, "retnorm": retnorm if reward_EMA else None}
         self.streams = nn.ModuleDict(
             {
-                name: Stream(reward, feat_size + self.extra, scale=scale, **options)
-                for name, (reward, scale) in (rewards or {"extrinsic": (extrinsic_reward, 1.0)}).items()
+                name: Stream(reward, feat_size + self.extra, scale=scale, discount=1 - 1 / (own or horizon), **options)
+                for name, (reward, scale, own) in (rewards or {"extrinsic": (extrinsic_reward, 1.0, None)}).items()
             }
         )
 

@@ -7,12 +7,10 @@ evaluation.
 """
 
 import argparse
+import difflib
 import importlib.util
-import itertools
 import json
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import config as configuration
@@ -24,6 +22,7 @@ from errors import UserError
 from modalities.vector import width
 from models import MultimodalWorldModel
 from replay import SequenceReplayBuffer
+from sweep import expand, run_all
 
 __all__ = ["DreamerV3Trainer", "MultimodalWorldModel", "SequenceReplayBuffer", "main", "translate"]
 
@@ -37,7 +36,7 @@ ALIASES = {
     "clip_ratio": ["ppo.clip"],
     "use_wandb": ["wandb"],
 }
-OWN = ("configs", "kl_scale", "obs_dim", "action_dim")  # mean more than another name for a key
+OWN = {"configs": list, "kl_scale": (int, float), "obs_dim": int, "action_dim": int}  # more than a key's other name
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,20 +51,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--env", help="a task, or custom")
     parser.add_argument("--env_file", help="a file that registers the task, or defines create_custom_env()")
     parser.add_argument("--log-level", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
-    parser.add_argument("--parallel_trials", type=int, default=1, help="runs of a sweep at a time")
+    parser.add_argument("--parallel_trials", type=int, default=1, metavar="N", help="runs of a sweep at a time")
     args = parser.parse_args(argv)
+    if args.parallel_trials < 1:
+        parser.error(f"--parallel_trials is {args.parallel_trials}, expected at least 1")
     try:
-        settings = read(args.config)
-        settings |= overrides(args, settings)
-        if args.env_file:
-            register(Path(args.env_file))
+        settings = override(args, read(args.config))
+        defined = args.env_file and register(Path(args.env_file))
+        if args.env == "custom" and not defined:
+            raise UserError(f"--env custom needs a create_custom_env() in --env_file ({args.env_file or 'not given'}).")
         trials = expand(settings)
         if len(trials) == 1:
             return dreamer.guarded(train, *trials, advice="or start from --config configs/small_batch.json")
-        return sweep(trials, args)
+        flags = ["--env_file", args.env_file] if args.env_file else []
+        return run_all(trials, Path(__file__), flags, args.parallel_trials)
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
 
 
 def read(path: str) -> dict:
@@ -76,46 +81,53 @@ def read(path: str) -> dict:
         raise UserError(f"--config {path}: {error}; expected a JSON object of settings.") from error
 
 
-def overrides(args: argparse.Namespace, settings: dict) -> dict:
-    """What the flags say about a file's settings."""
+def override(args: argparse.Namespace, settings: dict) -> dict:
+    """A file's settings with what the flags say. What the block `multimodal` sets wins over the file; and as DM
+    Control's blocks repeat actions, another task that is named by a flag does not, unless the file says so itself.
+    """
+    if args.checkpoint and not Path(args.checkpoint).exists():
+        raise UserError(f"--checkpoint {args.checkpoint} does not exist.")
     beside = str(Path(args.checkpoint).parent) if args.checkpoint else settings.get("logdir", "checkpoints")
     values = {"device": args.device, "steps": args.steps, "task": args.env, "checkpoint": args.checkpoint}
     values |= {"log_level": args.log_level and args.log_level.lower()}
     values |= {"logdir": args.logdir or beside}
     if args.multimodal:
-        values |= {"configs": [*settings.get("configs", []), "multimodal"], "task": args.env or "cue_all"}
-    return {key: value for key, value in values.items() if value is not None}
+        defaults, block = (configuration.load(flags).flat() for flags in ([], ["--configs", "multimodal"]))
+        ours = {key for key in block if block[key] != defaults[key]}
+        settings = {key: value for key, value in settings.items() if not ours & {*ALIASES.get(key, [key])}}
+        values |= {"configs": [*settings.get("configs", []), "multimodal"]}
+    if (args.multimodal or args.env) and not (args.env or "").startswith("dmc_"):
+        settings = {"action_repeat": 1} | settings
+    return settings | {key: value for key, value in values.items() if value is not None}
 
 
-def register(path: Path) -> None:
-    """Runs a file that registers its environments. `create_custom_env` in it makes the task `custom`."""
+def register(path: Path) -> bool:
+    """Runs a file that registers its environments. `create_custom_env` in it makes the task `custom`: True if it is
+    there.
+    """
     if not path.exists():
         raise UserError(f"--env_file {path} does not exist.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if hasattr(module, "create_custom_env"):
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--env_file {path}: {type(error).__name__}: {error}") from error
+    defined = hasattr(module, "create_custom_env")
+    if defined:
         register_env("custom", module.create_custom_env)
-
-
-def expand(settings: dict) -> list[dict]:
-    """Every combination of the values of lists. What is a list by itself, as image_size, is swept by one of lists."""
-    defaults = configuration.load([]).flat()
-
-    def choices(key: str, value) -> list:
-        plain = key == "configs" or isinstance(defaults.get(key), (list, tuple))
-        listed = isinstance(value, list) and (not plain or (value and isinstance(value[0], list)))
-        return value if listed else [value]
-
-    options = {key: choices(key, value) for key, value in settings.items()}
-    for key, values in options.items():
-        if not values:
-            raise UserError(f"{key} is an empty list: a sweep needs at least one value.")
-    return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+    return defined
 
 
 def translate(settings: dict) -> Config:
     """The configuration that settings stand for. UserError for a key that does not exist."""
+    known = [*ALIASES, *OWN]
+    for key, value in settings.items():
+        close = difflib.get_close_matches(key, known, 1, 0.8)
+        if close and key not in known and key not in configuration.load([]).flat():
+            raise UserError(f"unknown key {key}; did you mean {close[0]}?")
+        if not isinstance(value, OWN.get(key, object)):
+            raise UserError(f"{key} is {value!r}, expected {'a list of blocks' if key == 'configs' else 'a number'}.")
     config = configuration.load(["--configs", *settings["configs"]] if settings.get("configs") else [])
     changes = {"save_best": True}
     # What is said more exactly wins: critic_lr over actor_lr, which is also the critic's, and a key over its alias.
@@ -125,7 +137,7 @@ def translate(settings: dict) -> Config:
     for term in ("dyn", "rep"):
         scale = f"loss_scales.{term}"
         changes[scale] = changes.get(scale, config.loss_scales[term]) * settings.get("kl_scale", 1)
-    return config.replace(**changes)
+    return config.override(**changes)
 
 
 def train(settings: dict) -> None:
@@ -146,40 +158,6 @@ def train(settings: dict) -> None:
         trainer.run()
     finally:
         trainer.close()
-
-
-def sweep(trials: list[dict], args: argparse.Namespace) -> int:
-    """All trials, `parallel_trials` at a time, each in a process and a folder of its own; then the table."""
-    swept = [key for key in trials[0] if len({json.dumps(trial[key]) for trial in trials}) > 1]
-    folders = [Path(trial["logdir"]) / f"trial{number:03}" for number, trial in enumerate(trials)]
-
-    def run(number: int) -> int:
-        folder = folders[number]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.json").write_text(json.dumps(trials[number], indent=2))
-        command = [sys.executable, __file__, "--config", folder / "settings.json", "--logdir", folder]
-        command += ["--env_file", args.env_file] if args.env_file else []
-        with (folder / "output.txt").open("w") as output:
-            return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
-
-    with ThreadPoolExecutor(args.parallel_trials) as pool:
-        codes = list(pool.map(run, range(len(trials))))
-    rows = [["trial", *swept, "best eval", "last eval", "last episode", ""]]
-    for folder, trial, code in zip(folders, trials, codes, strict=True):
-        evals, episodes = (logged(folder / "metrics.jsonl", key) for key in ("eval/return", "episode/return"))
-        results = [max(evals, default=None), *(values[-1] if values else None for values in (evals, episodes))]
-        failed = f"failed: {folder / 'output.txt'}" if code else ""
-        numbers = ["-" if value is None else f"{value:.4g}" for value in results]
-        rows.append([folder.name, *(str(trial[key]) for key in swept), *numbers, failed])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows))
-    return int(any(codes))
-
-
-def logged(path: Path, key: str) -> list[float]:
-    """The values of a metric."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [row[key] for row in map(json.loads, lines) if row.get(key) is not None]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Grids with one distant reward, for exploration: `grid_halls`, five halls one behind the other; `grid_rooms`, nine
 rooms; `grid_open`, without walls; and `grid_tv`, rooms with a screen in the first that shows noise.
 
-The agent starts in one corner and knows where it stands; walls are noticed by not getting on. The far corner is worth 1
-and ends the episode.
+The agent starts in one corner, knows where it stands and feels the walls next to it. The far corner is worth 1 and ends
+the episode.
 """
 
 import numpy as np
@@ -11,6 +11,7 @@ from gymnasium import spaces
 from .wrappers import Env, TaskError, transition
 
 MOVES = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))  # stay, and the four headings
+GAP = 6  # cells, of the walls between halls
 CHANNELS = 16  # of the screen
 
 
@@ -29,13 +30,13 @@ def free_cells(size: int, layout: str) -> np.ndarray:
     """Where one can stand, bool [size, size].
 
     layout: open; rooms, with walls after every 6 cells and one door per room and wall; or halls, with a wall after
-        every 3 rows and a gap of 2 cells, at one end and the other in turn.
+        every 3 rows and a gap of `GAP` cells, at one end and the other in turn.
     """
     free = np.ones((size, size), bool)
     if layout == "halls":
         for number, wall in enumerate(range(3, size - 1, 4)):
             free[wall] = False
-            free[wall, slice(0, 2) if number % 2 else slice(size - 2, size)] = True
+            free[wall, slice(0, GAP) if number % 2 else slice(size - GAP, size)] = True
     if layout == "rooms":
         room = 6
         walls = range(room, size, room + 1)
@@ -50,8 +51,9 @@ def free_cells(size: int, layout: str) -> np.ndarray:
 
 
 class GridWorld(Env):
-    """Observes `position` (row and column, as categories) and, with `screen`, also `screen`: noise of `CHANNELS` values
-    in the room of the start, 0 elsewhere. Actions: stay, and one step in one of four directions.
+    """Observes `position` (row and column, as categories), `walls` (for each of the four headings, 1 if a wall or the
+    edge is next) and, with `screen`, also `screen`: noise of `CHANNELS` values in the room of the start, 0 elsewhere.
+    Actions: stay, and one step in one of four directions.
 
     Args:
         free: where one can stand, bool [size, size]; the start is (0, 0), the reward in the opposite corner.
@@ -67,6 +69,7 @@ class GridWorld(Env):
         self.visits = np.zeros(free.shape, int)
         self._total, self._found = 0, np.nan
         self.obs_space = {"position": spaces.MultiDiscrete(free.shape)}
+        self.obs_space["walls"] = spaces.MultiDiscrete([2] * len(MOVES[1:]))
         if screen:
             self.obs_space["screen"] = spaces.Discrete(CHANNELS)
         self.act_space = spaces.Discrete(len(MOVES))
@@ -102,6 +105,7 @@ class GridWorld(Env):
         obs = {"position": np.array(self._at), "log_visited": np.float32((self.visits > 0).sum())}
         obs |= {"log_coverage": np.float32((self.visits > 0).sum() / self._free.sum())}
         obs |= {"log_first_reward": np.float32(self._found)}
+        obs["walls"] = np.array([self.after(self._at, heading) == self._at for heading in range(1, len(MOVES))], int)
         if self._screen:
             near = max(self._at) < 6
             obs["screen"] = np.int64(self._rng.integers(1, CHANNELS)) if near else np.int64(0)

@@ -354,6 +354,8 @@ def test_a_logdir_of_another_configuration(begun):
     assert "another --logdir" in text and "--batch_size 4" in text and "--force true" in text
     text = fail(*flags, "--steps", 130, "--encoder.units", 24, "--force", "true")
     assert "The checkpoint's networks differ from the configured ones: " in text and "size mismatch" in text
+    text = fail(*flags, "--steps", 130, "--expl_behavior", "icm", "--force", "true")
+    assert "The checkpoint has nothing of 'explorer'" in text and "--checkpoint" in text
     assert (begun / "latest.pt").read_bytes() == checkpoint and (begun / "config.yaml").read_bytes() == saved
     succeed(*flags, "--steps", 130)
     succeed(*flags, "--steps", 140, "--batch_size", 5, "--force", "true")

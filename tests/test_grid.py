@@ -38,7 +38,7 @@ def way(free: np.ndarray, start: tuple[int, int], goal: tuple[int, int]) -> list
     return actions
 
 
-@pytest.mark.parametrize("layout, far", [("open", 38), ("rooms", 38), ("halls", 106)])
+@pytest.mark.parametrize("layout, far", [("open", 38), ("rooms", 38), ("halls", 74)])
 def test_every_cell_can_be_reached_and_the_reward_is_far(layout, far):
     free = free_cells(20, layout)
     found = distances(free, (0, 0))
@@ -50,22 +50,28 @@ def test_the_only_reward_is_in_the_far_corner():
     env = GridWorld(free_cells(20, "halls"), steps=200)
     env.reset()
     steps = [env.step(action) for action in way(free_cells(20, "halls"), (0, 0), (19, 19))]
-    assert [step["reward"] for step in steps] == [0.0] * 105 + [1.0]
+    assert [step["reward"] for step in steps] == [0.0] * 73 + [1.0]
     assert steps[-1]["is_terminal"] and steps[-1]["is_last"] and not any(step["is_last"] for step in steps[:-1])
-    assert steps[-1]["log_first_reward"] == 106 and np.isnan(steps[-2]["log_first_reward"])
-    assert steps[-1]["log_visited"] == 107 and steps[-1]["log_coverage"] == pytest.approx(107 / 328)
+    assert steps[-1]["log_first_reward"] == 74 and np.isnan(steps[-2]["log_first_reward"])
+    assert steps[-1]["log_visited"] == 75 and steps[-1]["log_coverage"] == pytest.approx(75 / 344)
     first = env.reset()
     assert first["is_first"] and tuple(first["position"]) == (0, 0)
     steps = [env.step(0) for _ in range(200)]
-    assert steps[-1]["is_last"] and not steps[-1]["is_terminal"] and steps[-1]["log_visited"] == 107
+    assert steps[-1]["is_last"] and not steps[-1]["is_terminal"] and steps[-1]["log_visited"] == 75
 
 
-def test_walls_hold():
+def test_walls_hold_and_are_felt():
+    """Down, up, right, left: what is next to the agent, the edge included."""
     env = GridWorld(free_cells(20, "halls"))
-    env.reset()
+    assert env.reset()["walls"].tolist() == [0, 1, 0, 1]
     for action in (1, 1, 1, 1):
         obs = env.step(action)
     assert tuple(obs["position"]) == (2, 0), "the wall is in row 3"
+    assert obs["walls"].tolist() == [1, 0, 0, 1] and env.obs_space["walls"].contains(obs["walls"])
+    for action in [3] * 14 + [1]:
+        obs = env.step(action)
+    assert tuple(obs["position"]) == (3, 14), "the gap is as wide as 6 cells"
+    assert obs["walls"].tolist() == [0, 0, 0, 1]
 
 
 def test_a_screen_shows_noise_in_the_first_room_alone():

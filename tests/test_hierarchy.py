@@ -142,7 +142,7 @@ def test_at_first_the_gradient_of_both_is_reinforces(act_space):
         loss, kl, clipped = ppo.loss(rollout, {"policy": 1.0, "value": 0.0}, clip=0.2)
         assert max(g.abs().max() for g in expected) > 1e-4 and abs(kl) < 1e-6 and clipped == 0
         for one, two in zip(expected, torch.autograd.grad(loss, params), strict=True):
-            torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
+            torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5 * float(one.abs().max()))
 
 
 # Goals

@@ -209,7 +209,7 @@ def train(
         retnorm={},
         horizon=horizon,
         contdisc=False,
-        rewards=rewards and {"extrinsic": (extrinsic_reward, 1.0)} | rewards,
+        rewards=rewards and {"extrinsic": (extrinsic_reward, 1.0, None)} | rewards,
     )
     parts = {"actor": behavior.actor, "critic": nn.ModuleList(s.critic for s in behavior.streams.values())}
     named = {key: ((f"{key}.{n}", p) for n, p in part.named_parameters()) for key, part in parts.items()}
@@ -243,7 +243,7 @@ def test_the_weight_of_planted_noise_falls_and_that_of_a_hint_rises():
     hint[5, 1] = 1.0  # the step to the goal, as the task has it
     scales = {}
     for name, table in (("noise", noise), ("hint", hint)):
-        behavior, metrics = train(80, rewards={name: (Pays(table), 0.2)}, entropy=0.05, kappa=0.03)
+        behavior, metrics = train(80, rewards={name: (Pays(table), 0.2, None)}, entropy=0.05, kappa=0.03)
         scales[name] = metrics[f"meta/scale/{name}"]
         assert behavior.streams[name].scale == pytest.approx(scales[name])
     assert scales["noise"] < 0.16 and scales["hint"] > 0.25

@@ -352,11 +352,14 @@ def quadratic(rate: float, hyper: float = 0.0, noise: float = 0.0, steps: int = 
 
 
 def test_hypergradient_rates_end_as_well_as_the_best_fixed_one_from_far_below_and_above():
-    """At the minimum, to 1e-12 of the start's loss of about 10. Fixed, the lower rate would still be far from it."""
-    best = min(quadratic(rate) for rate in np.geomspace(1e-3, 1e-2, 3))
-    for start in (1e-4, 1e-1):
-        assert quadratic(start, hyper=0.02) + 1e-11 < 1.2 * (best + 1e-11), start
-    assert quadratic(1e-4) > 5
+    """At the minimum, to 1e-12 of the start's loss of about 10, where fixed rates as low or as high do not come.
+
+    Without the limit of a factor of 10, which does not reach from 1e-4 to where rates are good here.
+    """
+    best = min(quadratic(rate) for rate in np.geomspace(1e-4, 1, 5))
+    for start in (1e-4, 1e-1, 1.0):
+        assert quadratic(start, hyper=0.01) + 1e-11 < 1.2 * (best + 1e-11), start
+    assert quadratic(1e-4) > 5 and quadratic(1.0) > 1e-3
 
 
 def test_hypergradient_rates_find_their_way_in_noise():

@@ -161,7 +161,7 @@ def check_counters(trainer: Trainer, pieces: dict[str, int], checkpoint: dict) -
     assert trainer.owed == max(0, int(asked) - trainer.updates)
     parts = ("world_model", "behavior", "optimizer", "generators")
     assert_same(trainer.agent.checkpoint(), {key: checkpoint[key] for key in parts})
-    assert trainer.random.state() == checkpoint["exploration"]
+    assert trainer.random.state() == checkpoint["random_actions"]
     assert json.loads(trainer.replay.state()["generator"]) == json.loads(checkpoint["replay"]["generator"])
 
 

@@ -111,7 +111,7 @@ def test_the_whole_system_trains_saves_and_resumes(tmp_path):
     settings["configs"] += ["debug"]
     settings |= {"task": "gym_CartPole-v1", "device": "cpu", "steps": 150, "eval_every": 70, "embed_dim": 20}
     settings |= {"batch_size": 4, "seq_len": 8, "imag_horizon": 8, "video_pred_log": False, "threads": 1}
-    settings |= {"action_repeat": 1, "log_every": 40}
+    settings |= {"action_repeat": 1, "log_every": 40, "log_level": "debug"}
     run(tmp_path, settings)
     logdir = tmp_path / "checkpoints"
     latest, best = (torch.load(logdir / name, weights_only=True) for name in ("latest.pt", "best_model.pt"))
@@ -122,13 +122,77 @@ def test_the_whole_system_trains_saves_and_resumes(tmp_path):
     logged = set().union(*rows(logdir))
     assert {"episode/return", "episode/length", "world/recon_loss", "world/kl_loss", "policy/policy_loss"} <= logged
     assert {"intrinsic/icm_loss", "intrinsic/empowerment", "meta/lr", "meta/lr_actor"} <= logged
+    before = (logdir / "latest.pt").read_bytes()
+    done = run(tmp_path, settings, "--checkpoint", "checkpoints/best_model.pt", status=1)
+    assert "raise --steps" in done.stderr and (logdir / "latest.pt").read_bytes() == before
     done = run(tmp_path, settings, "--checkpoint", "checkpoints/best_model.pt", "--steps", 200)
     assert f"update {best['counters']['updates']}" in done.stdout + done.stderr
+    text = (logdir / "log.txt").read_text()
+    assert "Saved " in text and re.search(r"At update \d+: .*intrinsic/empowerment", text)
     again = torch.load(logdir / "latest.pt", weights_only=True)
     assert again["counters"]["frames"] >= 200
     # Updates for the new frames alone: those that an older checkpoint lacks are not caught up on.
     per_frame = 8 / 32
     assert again["counters"]["updates"] - best["counters"]["updates"] <= per_frame * (200 - 140) + 3
+
+
+def flags_to_config(*flags: str, file: str = "default") -> configuration.Config:
+    """What `main` trains."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_dreamer, "train", lambda settings: found.append(translate(settings)))
+        assert run_dreamer.main(["--config", str(ROOT / "configs" / f"{file}.json"), *flags]) == 0
+    return found[0]
+
+
+def test_what_is_for_dm_control_does_not_reach_other_tasks():
+    """Each of them would see every second step alone."""
+    assert flags_to_config().action_repeat == 2 == flags_to_config("--env", "dmc_cheetah_run").action_repeat
+    assert flags_to_config("--env", "gym_CartPole-v1").action_repeat == 1
+    config = flags_to_config("--multimodal", "--steps", "5e4")
+    block = configuration.load(["--configs", "multimodal"])
+    assert (config.task, config.action_repeat, config.steps) == ("cue_all", 1, 50_000)
+    for key in ("batch_length", "train_ratio", "modality_dropout", "text"):
+        assert config[key] == block[key], key
+    assert config.behavior == "hierarchical" and config.metagrad == "hypergradient"
+    config = flags_to_config("--multimodal", "--env", "sound_room")
+    assert config.task == "sound_room" and config.modality_dropout == block.modality_dropout
+
+
+def test_flags_win_over_the_checkpoint_that_is_evaluated():
+    config = translate({"mode": "eval", "task": "gym_Acrobot-v1", "seq_len": 12})
+    assert config.given()["task"] == "gym_Acrobot-v1" and config.given()["batch_length"] == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "message"),
+    [
+        ({"kl_scale": "2"}, (), "kl_scale is '2', expected a number"),
+        ({"configs": "debug"}, (), "configs is 'debug', expected a list of blocks"),
+        ({"kl_scal": 2}, (), "did you mean kl_scale"),
+        ({"sed_len": 2}, (), "did you mean seq_len"),
+        ({}, ("--env", "custom"), "create_custom_env.*not given"),
+        ({}, ("--env", "custom", "--env_file", "empty.py"), "create_custom_env.*empty.py"),
+        ({}, ("--env_file", "broken.py"), "broken.py: ModuleNotFoundError"),
+        ({}, ("--checkpoint", "nowhere/x.pt"), "nowhere/x.pt does not exist"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line(settings, flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "broken.py").write_text("import no_such_package\n")
+    (tmp_path / "a.json").write_text(json.dumps(settings))
+    assert run_dreamer.main(["--config", "a.json", *flags]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Error: ") and re.search(message, line)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "broken.py", "empty.py"]
+
+
+def test_no_trials_at_a_time(capsys):
+    with pytest.raises(SystemExit):
+        run_dreamer.main(["--parallel_trials", "0"])
+    assert "expected at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("key", "found"), [("obs_dim", 4), ("action_dim", 2)])

@@ -1,0 +1,64 @@
+"""Several runs of one JSON file: every combination of the values of its lists, and the table of their results."""
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import config as configuration
+from errors import UserError
+
+
+def expand(settings: dict) -> list[dict]:
+    """Every combination of the values of lists. What is a list by itself, as image_size, is swept by one of lists."""
+    defaults = configuration.load([]).flat()
+
+    def choices(key: str, value) -> list:
+        plain = key == "configs" or isinstance(defaults.get(key), (list, tuple))
+        listed = isinstance(value, list) and (not plain or (value and isinstance(value[0], list)))
+        return value if listed else [value]
+
+    options = {key: choices(key, value) for key, value in settings.items()}
+    for key, values in options.items():
+        if not values:
+            raise UserError(f"{key} is an empty list: a sweep needs at least one value.")
+    return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+
+
+def run_all(trials: list[dict], program: Path, flags: Sequence[str], parallel: int) -> int:
+    """`program --config ... flags` for all trials, `parallel` at a time, each in a process and a folder of its own.
+
+    Ends with the table. Exit status: 1 if one has failed.
+    """
+    swept = [key for key in trials[0] if len({json.dumps(trial[key]) for trial in trials}) > 1]
+    folders = [Path(trial["logdir"]) / f"trial{number:03}" for number, trial in enumerate(trials)]
+
+    def run(number: int) -> int:
+        folder = folders[number]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(trials[number], indent=2))
+        command = [sys.executable, program, "--config", folder / "settings.json", "--logdir", folder, *flags]
+        with (folder / "output.txt").open("w") as output:
+            return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+
+    with ThreadPoolExecutor(parallel) as pool:
+        codes = list(pool.map(run, range(len(trials))))
+    rows = [["trial", *swept, "best eval", "last eval", "last episode", ""]]
+    for folder, trial, code in zip(folders, trials, codes, strict=True):
+        evals, episodes = (logged(folder / "metrics.jsonl", key) for key in ("eval/return", "episode/return"))
+        results = [max(evals, default=None), *(values[-1] if values else None for values in (evals, episodes))]
+        failed = f"failed: {folder / 'output.txt'}" if code else ""
+        numbers = ["-" if value is None else f"{value:.4g}" for value in results]
+        rows.append([folder.name, *(str(trial[key]) for key in swept), *numbers, failed])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows))
+    return int(any(codes))
+
+
+def logged(path: Path, key: str) -> list[float]:
+    """The values of a metric."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [row[key] for row in map(json.loads, lines) if row.get(key) is not None]
