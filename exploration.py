@@ -533,7 +533,7 @@ def _streams(world_model: WorldModel, action_size: int, classes: Sequence[int], 
         name, *numbers = entry.split(":")
         try:
             scale, horizon = [*map(float, numbers), *[None] * (2 - len(numbers))]
-            if scale is None or (horizon is not None and not horizon >= 1):
+            if scale is None or (horizon is not None and not horizon > 1):
                 raise ValueError
         except ValueError:
             raise UserError(
