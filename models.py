@@ -525,14 +525,14 @@ class ImagBehavior(Behavior):
         return action, dist.log_prob(action.detach()), dist.entropy()
 
     def live(self, cont: Tensor, discount: float | Tensor) -> Tensor:
-        """Discount times probability of going on; `cont` already holds the task's discount if `contdisc`. A discount
-        that adapts, a tensor, may be above the task's, so that the probability alone is kept below 1.
+        """Discount times probability of going on; `cont` already holds the task's discount if `contdisc`. Another one
+        may be above the task's, so that the probability alone is kept below 1.
         """
         if not self.contdisc:
             return cont * discount
-        if isinstance(discount, Tensor):
-            return (cont / self.discount).clamp(max=1) * discount
-        return cont * (discount / self.discount)
+        if not isinstance(discount, Tensor) and discount == self.discount:
+            return cont
+        return (cont / self.discount).clamp(max=1) * discount
 
     def _weight(self, cont: Float[Tensor, "n states"]) -> Float[Tensor, "n states"]:
         """Discounted probability of being in each state, before its action's outcome: cumprod(disc cont) / disc."""

@@ -550,6 +550,8 @@ def test_a_stream_may_look_as_far_ahead_as_it_likes(likes):
     states, ones = torch.ones(3, 201), torch.ones(3, 200)
     returns = lambda_return(ones, states, agent.explorer.live(states * agent.explorer.discount, 0.8)[:, 1:], 1.0)
     assert returns[:, 0].tolist() == pytest.approx([5.0] * 3, rel=1e-4)
+    # Farther than the task: a head that is sure of going on does not make the future grow.
+    assert agent.explorer.live(torch.ones(3), 0.999).tolist() == pytest.approx([0.999] * 3)
 
 
 class Own(Distilled):
