@@ -304,6 +304,14 @@ def test_it_trains_and_acts(act_space):
     assert action.shape == (3, agent.action_size) and state["carry"][""]["age"].tolist() == [2, 2, 2]
 
 
+def test_a_stream_of_the_manager_counts_its_horizon_in_agent_steps():
+    """And the others in decisions."""
+    behavior = make_agent(*HIERARCHY, "--expl_streams", "icm:0.1:10,rnd:0.1").behavior
+    discounts = {name: stream.discount for name, stream in behavior.streams.items()}
+    assert discounts["icm"] == pytest.approx(0.9**behavior.every)
+    assert discounts["rnd"] == discounts["extrinsic"] == discounts["novelty"] == pytest.approx(1 - 1 / 50)
+
+
 def test_an_explorer_may_be_one_too():
     agent = make_agent(*HIERARCHY, "--expl_behavior", "plan2explore")
     assert list(agent.explorer.streams) == ["plan2explore", "novelty", "worker"]
