@@ -40,6 +40,7 @@ CHOICES = {
     "replay_device": ("cpu", "cuda"),
     "log_level": ("debug", "info", "warning", "error"),
     "disag_target": ("stoch", "embed", "deter", "feat"),
+    "disag_spread": ("std", "var"),
     "icm.target": ("stoch", "embed", "deter", "feat"),
     "rnd.target": ("stoch", "embed", "deter", "feat"),
     "empowerment.form": ("state", "action"),

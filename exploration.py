@@ -25,6 +25,7 @@ from errors import UserError
 from layers import MLP, Actor, Ensemble, Linear, ScalarHead
 from models import Behavior, ImagBehavior, Intrinsic, Metrics, State, WorldModel, extrinsic_reward
 from networks import bounded, features
+from returns import RootMeanSquare
 
 
 class Random:
@@ -114,6 +115,8 @@ class Disagreement(Intrinsic):
     Args:
         models: predictors, initialised each for itself.
         target: what of the next state they predict, see `view`.
+        spread: std, the standard deviation, as the authors' later agents pay; or var, the variance, as the paper does
+            (eq. 6): of many small deviations and few large ones it tells the large ones apart.
         log: pay the logarithm.
         action_cond: predict from state and action; otherwise from the state alone.
     """
@@ -126,13 +129,14 @@ class Disagreement(Intrinsic):
         *,
         models: int = 8,
         target: str = "stoch",
+        spread: str = "std",
         log: bool = False,
         action_cond: bool = True,
         layers: int = 2,
         units: int = 256,
     ):
         super().__init__()
-        self.target, self.log, self.action_cond = target, log, action_cond
+        self.target, self.spread, self.log, self.action_cond = target, spread, log, action_cond
         inputs = world_model.rssm.feat_size + (action_size if action_cond else 0)
         self.models = Ensemble(inputs, width(world_model, target), count=models, units=units, layers=layers)
 
@@ -144,7 +148,7 @@ class Disagreement(Intrinsic):
 
     def forward(self, world_model: WorldModel, traj: dict[str, Tensor]) -> Float[Tensor, "n h"]:
         predicted = full_precision(self._predict(traj["feat"][:, :-1], traj["action"][:, :-1]))
-        disagreement = spread(predicted).mean(-1)
+        disagreement = (std(predicted) if self.spread == "std" else var(predicted)).mean(-1)
         return torch.log(disagreement + 1e-8) if self.log else disagreement
 
     def _predict(self, feat: Tensor, action: Tensor) -> Float[Tensor, "models b t width"]:
@@ -163,8 +167,7 @@ class Distilled(Intrinsic):
     def __init__(self, world_model: WorldModel, action_size: int, classes: Sequence[int], *, head: Mapping):
         super().__init__()
         self.head = ScalarHead(world_model.rssm.feat_size, **head)
-        self.register_buffer("square", torch.zeros(()))
-        self.register_buffer("weight", torch.zeros(()))
+        self.unit = RootMeanSquare()
 
     def signal(
         self, world_model: WorldModel, post: State, batch: dict
@@ -175,21 +178,13 @@ class Distilled(Intrinsic):
     def loss(self, world_model: WorldModel, post: State, batch: dict, noise: dict) -> tuple[Tensor, Metrics]:
         signal, loss, metrics = self.signal(world_model, post, batch)
         signal, live = signal.detach(), going(batch)
-        with torch.no_grad():
-            square = (signal.square() * live).sum() / live.sum().clamp(min=1)
-            ok = torch.isfinite(square)
-            for average, new in ((self.square, square), (self.weight, torch.ones_like(square))):
-                average.copy_(torch.where(ok, average.lerp(new, 0.01), average))
-        distilled = self.head(features(post)[:, 1:]).loss(signal / self.unit())
+        self.unit.update(signal, live)
+        distilled = self.head(features(post)[:, 1:]).loss(signal / self.unit.value)
         metrics |= {
             f"{self.name}_loss": loss.detach().mean(),
             self.name: (signal * live).sum() / live.sum().clamp(min=1),
         }
         return (loss + distilled) * live, metrics
-
-    def unit(self) -> Float[Tensor, ""]:
-        """What the signal is measured in: its root mean square, averaged over updates."""
-        return (self.square / self.weight.clamp(min=1e-8)).sqrt().clamp(min=1e-8)
 
     def forward(self, world_model: WorldModel, traj: dict[str, Tensor]) -> Float[Tensor, "n h"]:
         return self.head(traj["feat"]).mode()[:, 1:]
@@ -431,10 +426,14 @@ class Diversity(Intrinsic):
         return OneHot(self.discriminator(traj["feat"][:, 1:, world_model.rssm.deter :])).log_prob(skill)
 
 
-def spread(x: Float[Tensor, "models b t width"]) -> Float[Tensor, "b t width"]:
-    """Standard deviation over the first axis, over which `Tensor.std` takes four times as long on a CPU."""
-    square = (x - x.mean(0)).square().sum(0) / (len(x) - 1)
-    return square.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
+def var(x: Float[Tensor, "models b t width"]) -> Float[Tensor, "b t width"]:
+    """Variance over the first axis, over which `Tensor.var` takes four times as long on a CPU."""
+    return (x - x.mean(0)).square().sum(0) / (len(x) - 1)
+
+
+def std(x: Float[Tensor, "models b t width"]) -> Float[Tensor, "b t width"]:
+    """Standard deviation over the first axis."""
+    return var(x).clamp(min=torch.finfo(x.dtype).tiny).sqrt()
 
 
 def mlp(inputs: int, outputs: int, units: int, layers: int) -> nn.Sequential:
@@ -460,6 +459,7 @@ class SkillBehavior(ImagBehavior):
         return torch.cat([feat, skill.to(feat.dtype)], -1), skill
 
 
+DISAG = ("models", "target", "spread", "log", "action_cond", "layers", "units")
 # Name -> class, and the sections of the configuration that it takes. `disag` are the keys that begin with disag_.
 REWARDS: dict[str, tuple[Callable, str | None]] = {
     "plan2explore": (Disagreement, "disag"),
@@ -487,7 +487,7 @@ def make_reward(name: str, world_model: WorldModel, action_size: int, classes: S
         raise UserError(f"'{name}' is no intrinsic reward{hint}")
     kind, section = REWARDS[name]
     if section == "disag":
-        options = {key: config[f"disag_{key}"] for key in ("models", "target", "log", "action_cond", "layers", "units")}
+        options = {key: config[f"disag_{key}"] for key in DISAG}
         options["units"] = options["units"] or config.actor["units"]
     else:
         options = dict(config[section]) if section else {}

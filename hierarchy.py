@@ -283,14 +283,14 @@ class Hierarchy(Behavior):
             value = dist.mode().detach()
             with torch.no_grad():
                 boot = stream.target_value(seen) if stream.slow_target else value
-                steps = full_precision(stream.reward(world_model, traj))
+                steps, raw = stream.rewards(world_model, traj)
                 reward, goes_on = over_chunks(steps, going, starts, self.every)
                 returns[name] = lambda_return(reward, boot, stream.discount * goes_on, lam)
                 if stream.retnorm:  # the first decision stands for those that are not whole
                     stream.retnorm.update(torch.where(whole, returns[name], returns[name][:, :1]))
                 advantage = advantage + stream.scale * stream.normalized(returns[name] - value[:, :-1])
                 suffix = "" if name == "extrinsic" else f"/{name}"
-                metrics |= {f"policy/return{suffix}": returns[name].mean(), f"policy/reward{suffix}": steps.mean()}
+                metrics |= {f"policy/return{suffix}": returns[name].mean(), f"policy/reward{suffix}": raw.mean()}
             value_loss = weight * stream.value_loss(seen, dist, returns[name])[:, :-1]
             losses[f"value/{name}"] = value_loss.mean(1)
         dist = self.manager(seen[:, :-1])
@@ -313,7 +313,7 @@ class Hierarchy(Behavior):
             boot = F.pad(critic(after), (1, 0))  # entry t + 1: the value of s_{t+1} for the goal of step t
             steps = torch.arange(1, self.imag_horizon + 1, device=phase.device)
             ends = (steps + phase.unsqueeze(1)) % self.every == 0
-            reward = stream.reward(world_model, traj)
+            reward, _ = stream.rewards(world_model, traj)
             ret = lambda_return(reward, boot, stream.discount * going[:, 1:], self.lam * (~ends).to(going.dtype))
             if stream.retnorm:
                 stream.retnorm.update(ret)

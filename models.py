@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from distributions import mixed_loss, one_hot
+from distributions import full_precision, mixed_loss, one_hot
 from errors import UserError
 from layers import Actor, BinaryHead, ScalarHead
 from modalities import ModalityConfig
 from networks import RSSM, MultiDecoder, MultiEncoder, State, Tokens, features
 from ppo import Rollout
-from returns import ReturnNormalizer, SlowTarget, lambda_return
+from returns import ReturnNormalizer, RootMeanSquare, SlowTarget, lambda_return
 
 Losses = dict[str, Tensor]
 Metrics = dict[str, Tensor]
@@ -242,7 +242,8 @@ class Intrinsic(nn.Module):
 
 
 class Stream(nn.Module):
-    """One stream of rewards with its own critic, slow critic and return normaliser.
+    """One stream of rewards with its own critic, slow critic and return normaliser. An intrinsic reward is in units of
+    its root mean square so far: disagreement is about 1e-3, and a two-hot critic's bins are a hundred times as wide.
 
     Args:
         reward: (world_model, trajectory) -> [N, H], entry t for the transition (s_t, a_t, s_{t+1}); or an `Intrinsic`.
@@ -273,6 +274,15 @@ class Stream(nn.Module):
         # The floor that leaves small task returns small would silence intrinsic ones.
         floor = {"limit": 1e-8, "debias": True} if isinstance(reward, Intrinsic) else {}
         self.retnorm = ReturnNormalizer(**{**retnorm, **floor}) if retnorm else None
+        self.unit = RootMeanSquare() if isinstance(reward, Intrinsic) else None
+
+    def rewards(self, world_model: WorldModel, traj: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The rewards [N, H] of a trajectory in their unit, which they join, and as they are."""
+        reward = full_precision(self.reward(world_model, traj))
+        if self.unit is None:
+            return reward, reward
+        self.unit.update(reward)
+        return reward / self.unit.value, reward
 
     def value_loss(self, feat: Tensor, dist, target: Float[Tensor, "b t"]) -> Float[Tensor, "b t+1"]:
         """Critic loss against the returns of all but the last state, and the slow critic. The last entry is void."""
@@ -468,7 +478,7 @@ class ImagBehavior(Behavior):
             with frozen(world_model, stream) if backprop else torch.no_grad():
                 if backprop or stream.slow_target:
                     value = stream.target_value(traj["seen"])
-                reward = stream.reward(world_model, traj)
+                reward, raw = stream.rewards(world_model, traj)
                 ret = lambda_return(reward, value, self.live(cont, stream.discount)[:, 1:], self.lam)
             kept = {"reward": reward, "boot": value, "value": baseline[:, :-1], "return": ret}
             streams[name] = {key: x.detach() for key, x in kept.items()}
@@ -483,7 +493,7 @@ class ImagBehavior(Behavior):
                 boot = ret[:, 0].detach().unflatten(0, shape)
                 losses["repval"] = self._replay_value_loss(stream, world_model, post, batch, boot)
                 metrics["policy/repval_loss"] = losses["repval"].detach().mean()
-            metrics |= self._stream_metrics(suffix, ret, baseline, reward)
+            metrics |= self._stream_metrics(suffix, ret, baseline, raw)
 
         for name, reward in self.intrinsic.items():
             if (found := reward.imagined_loss(world_model, traj)) is not None:

@@ -1,4 +1,4 @@
-"""Returns: the lambda-return, its normaliser, and the slow copy of a network that values are regularised towards."""
+"""Returns: the lambda-return, normalisers of returns and rewards, and the slow copy that values are regularised to."""
 
 import copy
 
@@ -62,6 +62,34 @@ class ReturnNormalizer(nn.Module):
     def scale(self) -> Float[Tensor, ""]:
         width = self.hi - self.lo
         return (width if self.weight is None else width / self.weight.clamp(min=self.rate)).clamp(min=self.limit)
+
+
+class RootMeanSquare(nn.Module):
+    """Of a signal, averaged over updates: a unit in which it is of order one. `value` is 1 before the first update.
+
+    Averaged exponentially and debiased, in buffers that are updated in place. A batch that is not finite leaves them as
+    they are.
+    """
+
+    def __init__(self, rate: float = 0.01):
+        super().__init__()
+        self.rate = rate
+        self.register_buffer("square", torch.zeros(()))
+        self.register_buffer("weight", torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, signal: Float[Tensor, "*s"], live: Float[Tensor, "*s"] | None = None) -> None:
+        """live: 1 where the signal counts, 0 elsewhere; None for everywhere."""
+        square = signal.detach().to(self.square.dtype).square()
+        mean = square.mean() if live is None else (square * live).sum() / live.sum().clamp(min=1)
+        finite = torch.isfinite(mean)
+        for average, new in ((self.square, mean), (self.weight, torch.ones_like(mean))):
+            average.copy_(torch.where(finite, average.lerp(new, self.rate), average))
+
+    @property
+    def value(self) -> Float[Tensor, ""]:
+        mean = self.square / self.weight.clamp(min=self.rate)
+        return torch.where(self.weight > 0, mean.sqrt().clamp(min=1e-8), torch.ones_like(mean))
 
 
 class SlowTarget(nn.Module):

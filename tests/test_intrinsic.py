@@ -145,12 +145,13 @@ def test_disagreement_falls_with_visits():
     assert spearman(disagreement, env.visits.flatten()) < -0.7
 
 
-def test_disagreement_is_the_mean_deviation_of_the_models():
+@pytest.mark.parametrize("spread", ["std", "var"])
+def test_disagreement_is_the_mean_deviation_of_the_models(spread):
     world = ToyWorld(GridWorld(free_cells(4, "open")))
-    reward = Disagreement(world, ACTIONS, (ACTIONS,), models=5, units=8)
+    reward = Disagreement(world, ACTIONS, (ACTIONS,), models=5, units=8, spread=spread)
     feat, action = torch.randn(3, 4, world.rssm.feat_size), torch.rand(3, 4, ACTIONS)
     members = reward.models(torch.cat([feat, action], -1)[:, :-1])
-    expected = torch.stack([members[:, b, t].std(0).mean() for b in range(3) for t in range(3)]).view(3, 3)
+    expected = torch.stack([getattr(members[:, b, t], spread)(0).mean() for b in range(3) for t in range(3)]).view(3, 3)
     torch.testing.assert_close(reward(world, {"feat": feat, "action": action}), expected)
     # One member alone is a plain MLP of its own weights.
     x = torch.cat([feat, action], -1)[:, :-1]
@@ -290,7 +291,7 @@ def test_distilled_rewards_are_predicted_upon_arrival_in_their_own_unit():
     reward = Index(world, ACTIONS, (ACTIONS,), head=HEAD)
     fit(reward, world, data, 1000)
     rms = (cells[:, 1:].float() * 1e-3).square().mean().sqrt()
-    assert reward.unit().item() == pytest.approx(rms.item(), rel=0.1)
+    assert reward.unit.value.item() == pytest.approx(rms.item(), rel=0.1)
     paid = rewards_of_all(reward, world)
     arrived = world.moves.argmax(-1)
     seen = torch.tensor(env.visits.flatten())[arrived] > 5
@@ -590,6 +591,38 @@ def test_small_intrinsic_rewards_are_not_silenced():
         for _ in range(3):
             normalizer.update(returns * size)
             assert normalizer.scale.item() == pytest.approx(0.9 * size, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [2.0**-13, 2.0**13])  # powers of two, that rounding is the same
+def test_the_size_of_an_intrinsic_reward_changes_nothing(size):
+    """Critics see it in its own unit: rewards of disagreement's size lie within one bin of a two-hot head."""
+
+    class Sized(Likes):
+        def forward(self, world_model, traj):
+            return super().forward(world_model, traj) * size
+
+    register_reward("sized", Sized)
+    register_reward("likes", Likes)
+    learned = []
+    try:
+        for name in ("likes", "sized"):
+            torch.manual_seed(0)
+            agent = make_agent("--expl_behavior", name, *LEARN_FAST, act_space=spaces.Discrete(4))
+            batch = make_batch(agent)
+            for _ in range(10):
+                metrics, _ = agent.train_step(batch)
+            feat = torch.linspace(-1, 1, 3 * agent.world_model.rssm.feat_size).view(3, -1)
+            learned.append(
+                (agent.explorer.actor(feat).parts[0].probs, agent.explorer.streams[name].critic(feat).mode())
+            )
+            learned[-1] += (metrics[f"explorer/reward/{name}"],)
+    finally:
+        del REWARDS["sized"], REWARDS["likes"]
+    (probs, values, paid), (other_probs, other_values, other_paid) = learned
+    torch.testing.assert_close(other_probs, probs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(other_values, values, rtol=1e-5, atol=1e-6)
+    assert values.abs().min() > 1e-3
+    torch.testing.assert_close(other_paid, paid * size, rtol=1e-5, atol=0)  # what is logged is as it was paid
 
 
 def test_a_checkpoint_brings_the_explorer_back():

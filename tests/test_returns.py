@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from returns import ReturnNormalizer, SlowTarget, lambda_return
+from returns import ReturnNormalizer, RootMeanSquare, SlowTarget, lambda_return
 
 
 def textbook(reward, boot, live, lam):
@@ -154,6 +154,27 @@ def test_normalizer_ignores_a_batch_that_is_not_finite(bad):
     returns[::3] = bad
     normalizer.update(returns)
     assert torch.equal(normalizer.lo, before[0]) and torch.equal(normalizer.hi, before[1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_root_mean_square_against_numpy(bad):
+    unit, rng = RootMeanSquare(rate=0.1), np.random.default_rng(0)
+    assert unit.value == 1  # of nothing yet
+    square = weight = 0.0
+    for size in (1e-3, 5.0, 0.2):
+        signal, live = rng.normal(0, size, (7, 5)).astype(np.float32), rng.integers(0, 2, (7, 5)).astype(np.float32)
+        unit.update(torch.tensor(signal), torch.tensor(live))
+        square += 0.1 * ((signal**2 * live).sum() / live.sum() - square)
+        weight += 0.1 * (1 - weight)
+        np.testing.assert_allclose(unit.value, np.sqrt(square / weight), rtol=1e-5)
+    unit.update(torch.tensor([1.0, bad]))
+    np.testing.assert_allclose(unit.value, np.sqrt(square / weight), rtol=1e-5)
+    unit = RootMeanSquare(rate=0.01)
+    unit.update(torch.full((3,), -2e-3))
+    np.testing.assert_allclose(unit.value, 2e-3, rtol=1e-5)  # debiased
+    unit = RootMeanSquare(rate=1.0)
+    unit.update(torch.zeros(3))
+    assert unit.value > 0  # to be divided by
 
 
 def test_normalizer_state_is_float32_and_in_place():
