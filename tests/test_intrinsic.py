@@ -18,7 +18,7 @@ import torch
 from gymnasium import spaces
 
 import config as configuration
-from dreamer import Draw, Dreamer
+from dreamer import Draw, Dreamer, main
 from envs.grid import MOVES, GridWorld, free_cells
 from errors import UserError
 from exploration import (
@@ -29,6 +29,7 @@ from exploration import (
     Distilled,
     Diversity,
     Empowerment,
+    Random,
     SkillBehavior,
     register_reward,
     view,
@@ -258,6 +259,28 @@ def test_icm_pays_less_and_less_for_what_was_seen_and_more_for_what_was_not():
     state = world.state(unseen) | {"embed": torch.eye(world.cells)[unseen], "reward": torch.zeros(len(far), 2)}
     state |= {"action": torch.eye(ACTIONS)[2].expand(len(far), 2, -1), "is_first": torch.zeros(len(far), 2) > 0}
     assert reward.signal(world, state, state)[0].mean() > 2 * late
+
+
+def coverage_at_random(seed: int, steps: int, episode: int) -> float:
+    """Share of the cells of grid_halls that uniform actions visit."""
+    env, actor = GridWorld(free_cells(20, "halls"), seed, steps=episode), Random(spaces.Discrete(ACTIONS), seed)
+    over = True
+    for _ in range(steps):
+        over = env.reset()["is_last"] if over else over
+        over = env.step(actor.policy(1)[0].argmax())["is_last"]
+    return float((env.visits > 0).sum() / env._free.sum())
+
+
+@pytest.mark.slow
+def test_plan2explore_sees_more_than_chance(tmp_path):
+    """The whole agent, from nothing, within 1,000 steps."""
+    flags = ("--configs", "exploration", "--expl_behavior", "plan2explore", "--steps", "1000", "--eval_every", "0")
+    config = configuration.load([*flags, "--logdir", str(tmp_path)])
+    main(config)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    seen = max(row["episode/coverage"] for row in rows if "episode/coverage" in row)
+    chance = [coverage_at_random(seed, 1000, config.grid["steps"]) for seed in range(10)]
+    assert 0.02 < min(chance) and seen > 1.5 * np.mean(chance)
 
 
 @pytest.mark.parametrize("classes", [(), (2, 3)], ids=["continuous", "multi-discrete"])
