@@ -275,7 +275,7 @@ class Hierarchy(Behavior):
         seen = _at(traj["feat"], bounds).detach()
         code = _at(traj["code"], starts)
         weight = whole * torch.cumprod(going, 1).gather(1, starts)
-        losses, metrics, returns, advantage = {}, {}, {}, 0.0
+        losses, metrics, targets, advantage = {}, {}, {}, 0.0
         for name, stream in self.streams.items():
             if name == "worker":
                 continue
@@ -285,13 +285,14 @@ class Hierarchy(Behavior):
                 boot = stream.target_value(seen) if stream.slow_target else value
                 steps, raw = stream.rewards(world_model, traj)
                 reward, goes_on = over_chunks(steps, going, starts, self.every)
-                returns[name] = lambda_return(reward, boot, stream.discount * goes_on, lam)
+                returns = lambda_return(reward, boot, stream.discount * goes_on, lam)
+                targets[name] = returns, stream.slow_value(seen)
                 if stream.retnorm:  # the first decision stands for those that are not whole
-                    stream.retnorm.update(torch.where(whole, returns[name], returns[name][:, :1]))
-                advantage = advantage + stream.scale * stream.normalized(returns[name] - value[:, :-1])
+                    stream.retnorm.update(torch.where(whole, returns, returns[:, :1]))
+                advantage = advantage + stream.scale * stream.normalized(returns - value[:, :-1])
                 suffix = "" if name == "extrinsic" else f"/{name}"
-                metrics |= {f"policy/return{suffix}": returns[name].mean(), f"policy/reward{suffix}": raw.mean()}
-            value_loss = weight * stream.value_loss(seen, dist, returns[name])[:, :-1]
+                metrics |= {f"policy/return{suffix}": returns.mean(), f"policy/reward{suffix}": raw.mean()}
+            value_loss = weight * stream.value_loss(dist, *targets[name])[:, :-1]
             losses[f"value/{name}"] = value_loss.mean(1)
         dist = self.manager(seen[:, :-1])
         log_prob, entropy = dist.log_prob(code), dist.entropy()
@@ -299,7 +300,7 @@ class Hierarchy(Behavior):
         metrics |= {"policy/manager_entropy": entropy.detach().mean()}
         metrics |= {"policy/manager_loss": losses["policy/manager"].detach().mean()}
         kept = {"seen": seen, "action": code, "log_prob": log_prob.detach(), "advantage": advantage}
-        return losses, metrics, kept | {"weight": weight, "returns": returns}
+        return losses, metrics, kept | {"weight": weight, "targets": targets}
 
     def _work(
         self, world_model: WorldModel, traj: dict[str, Tensor], phase: Tensor, going: Float[Tensor, "n states"]
@@ -318,12 +319,13 @@ class Hierarchy(Behavior):
             if stream.retnorm:
                 stream.retnorm.update(ret)
             advantage = stream.normalized(ret - dist.mode()[:, :-1])
+            target = ret, stream.slow_value(seen)
             weight = torch.cumprod(stream.discount * going, 1)[:, :-1] / stream.discount
         entropy = traj["entropy"]
         objective = traj["log_prob"] * advantage + self.entropy_scale * entropy
         losses = {
             "policy/worker": -(weight * objective).mean(1),
-            "value/worker": (weight * stream.value_loss(seen, dist, ret)[:, :-1]).mean(1),
+            "value/worker": (weight * stream.value_loss(dist, *target)[:, :-1]).mean(1),
         }
         metrics = {
             "policy/policy_loss": losses["policy/worker"].detach().mean(),
@@ -334,7 +336,7 @@ class Hierarchy(Behavior):
             "policy/cont": going.mean(),
         }
         kept = {"seen": seen, "action": traj["action"][:, :-1], "log_prob": traj["log_prob"].detach()}
-        return losses, metrics, kept | {"advantage": advantage, "weight": weight, "returns": {"worker": ret}}
+        return losses, metrics, kept | {"advantage": advantage, "weight": weight, "targets": {"worker": target}}
 
     @torch.enable_grad()
     def _act_and_score(self, feat: Tensor, goal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -284,10 +284,13 @@ class Stream(nn.Module):
         self.unit.update(reward)
         return reward / self.unit.value, reward
 
-    def value_loss(self, feat: Tensor, dist, target: Float[Tensor, "b t"]) -> Float[Tensor, "b t+1"]:
-        """Critic loss against the returns of all but the last state, and the slow critic. The last entry is void."""
+    def slow_value(self, feat: Tensor) -> Float[Tensor, "b states"]:
+        """The slow critic's values."""
+        return self.slow_critic(feat.detach()).mode()
+
+    def value_loss(self, dist, target: Float[Tensor, "b t"], slow: Float[Tensor, "b states"]) -> Float[Tensor, "b t+1"]:
+        """Critic loss against the returns of all but the last state, and `slow_value`. The last entry is void."""
         padded = F.pad(target.detach(), (0, 1))
-        slow = self.slow_critic(feat.detach()).mode()
         return mixed_loss(dist, (padded, slow), (1.0, self.slow_regularizer))
 
     def target_value(self, feat: Tensor) -> Tensor:
@@ -449,8 +452,8 @@ class ImagBehavior(Behavior):
         given = {"seen": traj["seen"].detach(), "action": traj["action"][:, :-1].detach()}
         if self.ppo:
             given |= {"log_prob": log_prob.detach(), "advantage": kept["advantage"], "weight": kept["weight"]}
-            returns = {name: of["return"] for name, of in kept["streams"].items()}
-            self.rollouts = [Rollout(self.actor, self.streams, self.entropy_scale, returns=returns, **given)]
+            targets = {name: (of["return"], of["slow"]) for name, of in kept["streams"].items()}
+            self.rollouts = [Rollout(self.actor, self.streams, self.entropy_scale, targets=targets, **given)]
         if self.keeps:
             self.imagined = kept | given | {"replay": batch | {key: x.detach() for key, x in post.items()}}
         return losses | more, metrics | found
@@ -460,7 +463,7 @@ class ImagBehavior(Behavior):
     ) -> tuple[Losses, Metrics, dict]:
         """The losses of a trajectory that was imagined already, for all steps at once (see `loss`); metrics; and what
         they were made of: `advantage`, `weight` [N, H], `cont` [N, H+1], and `streams` {stream: `reward`, `return`,
-        `value` [N, H], `boot` [N, H+1]}.
+        `value` [N, H], `boot`, `slow` [N, H+1]}.
 
         `traj` is `WorldModel.imagine`'s, what actor and critics saw there, `seen`, and `log_prob`, `entropy` [N, H] of
         its actions, with gradient to the actor.
@@ -481,12 +484,13 @@ class ImagBehavior(Behavior):
                 reward, raw = stream.rewards(world_model, traj)
                 ret = lambda_return(reward, value, self.live(cont, stream.discount)[:, 1:], self.lam)
             kept = {"reward": reward, "boot": value, "value": baseline[:, :-1], "return": ret}
+            kept |= {"slow": stream.slow_value(seen)}
             streams[name] = {key: x.detach() for key, x in kept.items()}
             if stream.retnorm:
                 stream.retnorm.update(ret)
             advantage = advantage + stream.scale * stream.normalized(ret - baseline[:, :-1])
             suffix = "" if name == "extrinsic" else f"/{name}"
-            value_loss = (weight * stream.value_loss(seen, dist, ret)[:, :-1]).mean(1)
+            value_loss = (weight * stream.value_loss(dist, ret, kept["slow"])[:, :-1]).mean(1)
             losses[f"value{suffix}"] = value_loss.unflatten(0, shape)
             metrics[f"policy/value_loss{suffix}"] = value_loss.detach().mean()
             if stream.reward is extrinsic_reward and not self.extra:  # what was seen beyond the state is not replayed
@@ -565,7 +569,7 @@ class ImagBehavior(Behavior):
         feat = feat if "critic" in world_model.grad_heads else feat.detach()
         last, terminal = (batch[key].to(boot.dtype)[:, 1:] for key in ("is_last", "is_terminal"))
         ret = lambda_return(batch["reward"][:, 1:], boot, stream.discount * (1 - terminal), self.lam * (1 - last))
-        loss = stream.value_loss(feat, stream.critic(feat), ret)[:, :-1]
+        loss = stream.value_loss(stream.critic(feat), ret, stream.slow_value(feat))[:, :-1]
         return loss * (~batch["is_last"][:, :-1]).to(loss.dtype)
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ class Rollout:
 
     seen: [N, S + 1, ...] what actor and critics were given. action: [N, S, action], which had log_prob [N, S].
     weight: [N, S] what a decision counts, its probability of being reached.
-    returns: {stream: [N, S]} what the streams' critics learn.
+    targets: {stream: ([N, S], [N, S + 1])} what the streams' critics learn: returns, and the slow critics' values.
     actor, streams, entropy: whose they are, and the scale of the entropy bonus.
     """
 
@@ -34,13 +34,13 @@ class Rollout:
     log_prob: Tensor
     advantage: Tensor
     weight: Tensor
-    returns: dict[str, Tensor]
+    targets: dict[str, tuple[Tensor, Tensor]]
 
     def rows(self, index: Tensor) -> "Rollout":
         """Some of the trajectories."""
         names = ("seen", "action", "log_prob", "advantage", "weight")
-        returns = {name: value[index] for name, value in self.returns.items()}
-        return replace(self, returns=returns, **{name: getattr(self, name)[index] for name in names})
+        targets = {name: (returns[index], slow[index]) for name, (returns, slow) in self.targets.items()}
+        return replace(self, targets=targets, **{name: getattr(self, name)[index] for name in names})
 
 
 def surrogate(
@@ -61,9 +61,9 @@ def loss(
     log_prob = dist.log_prob(rollout.action)
     objective, ratio = surrogate(log_prob, rollout.log_prob, rollout.advantage, clip)
     total = -scales["policy"] * (rollout.weight * (objective + rollout.entropy * dist.entropy())).mean()
-    for name, target in rollout.returns.items():
+    for name, targets in rollout.targets.items():
         stream = rollout.streams[name]
-        value_loss = stream.value_loss(rollout.seen, stream.critic(rollout.seen), target)[:, :-1]
+        value_loss = stream.value_loss(stream.critic(rollout.seen), *targets)[:, :-1]
         total = total + scales["value"] * (rollout.weight * value_loss).mean()
     with torch.no_grad():
         decided = (rollout.weight > 0).to(ratio.dtype)

@@ -98,7 +98,7 @@ def test_returns_of_the_worker_by_hand():
                 after = old if ended else (1 - behavior.lam) * old + behavior.lam * following
                 following = reward + stream.discount * cont[row, t + 1] * after
                 expected[t] = float(following)
-            assert rollout.returns["worker"][row].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+            assert rollout.targets["worker"][0][row].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
             reached = [float(cont[row, : t + 1].prod()) * stream.discount**t for t in range(H)]
             assert rollout.weight[row].tolist() == pytest.approx(reached, rel=1e-4)
 
@@ -124,7 +124,9 @@ def test_returns_of_the_manager_by_hand():
                 last = number == len(starts) - 1
                 after = value if last else (1 - behavior.lam) * value + behavior.lam * following
                 following = total / weights + stream.discount * alive * after
-                assert float(rollout.returns["extrinsic"][row, number]) == pytest.approx(following, rel=1e-4, abs=1e-5)
+                assert float(rollout.targets["extrinsic"][0][row, number]) == pytest.approx(
+                    following, rel=1e-4, abs=1e-5
+                )
                 reached = float(cont[row, : start + 1].prod())
                 assert float(rollout.weight[row, number]) == pytest.approx(reached, rel=1e-4)
                 assert torch.equal(rollout.action[row, number], traj["code"][row, start])
