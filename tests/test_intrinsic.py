@@ -520,7 +520,7 @@ def likes():
     REWARDS.pop("likes")
 
 
-LEARN_FAST = ("--opt.lr", "3e-3", "--opt.warmup", "0", "--actor.entropy", "1e-3")
+LEARN_FAST = ("--opt.lr", "1e-2", "--opt.warmup", "0", "--actor.entropy", "1e-3")
 
 
 def preference(behavior, agent) -> float:
@@ -531,7 +531,7 @@ def preference(behavior, agent) -> float:
 def test_what_is_paid_changes_what_the_explorer_does_and_not_what_the_task_policy_does(likes):
     agent = make_agent("--expl_behavior", "likes", *LEARN_FAST, act_space=spaces.Discrete(4))
     batch = make_batch(agent) | {"reward": torch.zeros(4, 6)}
-    for _ in range(150):
+    for _ in range(40):
         agent.train_step(batch)
     assert preference(agent.explorer, agent) > 0.8
     assert preference(agent.behavior, agent) < 0.5
@@ -546,7 +546,7 @@ def test_a_stream_joins_the_task_policy_with_a_critic_of_its_own(likes):
     for streams in ("", "likes:0.5"):
         agent = make_agent("--expl_streams", streams, *LEARN_FAST, act_space=spaces.Discrete(4))
         batch = make_batch(agent) | {"reward": torch.zeros(4, 6)}
-        for _ in range(150):
+        for _ in range(40):
             metrics, _ = agent.train_step(batch)
         shares.append(preference(agent.behavior, agent))
     assert shares[1] > 0.8 > 0.5 > shares[0]
