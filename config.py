@@ -123,7 +123,6 @@ RANGES = {
     "disag_models": ">= 2",  # of one there is no deviation
     "*.features": ">= 1",
     "icm.beta": ">= 0, <= 1",
-    "icm.eta": "> 0",
     "empowerment.steps": ">= 1",
     "empowerment.starts": ">= 1",
     "empowerment.beta": "> 0",
@@ -291,9 +290,10 @@ class Config(Mapping):
         """A copy with other values, checked as in `load`: `config.replace(**{'encoder.units': 64})`."""
         return Config(_nest({**self.flat(), **_Schema(self).settings(changes, "replace")}), self._given)
 
-    def override(self, /, **changes: Any) -> Config:
-        """As `replace`, and these count as `given`."""
-        return Config(self.replace(**changes)._values, self._given | _Schema(self).settings(changes, "override").keys())
+    def override(self, source: str = "override", /, **changes: Any) -> Config:
+        """As `replace`, and these count as `given`. Errors begin with `source`."""
+        settings = _Schema(self).settings(changes, source)
+        return Config(_nest({**self.flat(), **settings}), self._given | settings.keys())
 
     def given(self) -> dict[str, Any]:
         """The settings that were written on the command line, by their dotted names (those of blocks are not)."""

@@ -162,7 +162,7 @@ class Distilled(Intrinsic):
     Subclasses give `signal` and `name`. head: options of what predicts it, those of the reward head.
     """
 
-    name = ""
+    name, in_unit = "", True
 
     def __init__(self, world_model: WorldModel, action_size: int, classes: Sequence[int], *, head: Mapping):
         super().__init__()
@@ -194,8 +194,8 @@ class ICM(Distilled):
     """Intrinsic curiosity (Pathak et al. 2017, arXiv 1705.05363): how badly the next features are predicted, features
     that have learned what the actions change and nothing else.
 
-    Minimises (1 - β) inverse + β/2 ‖φ̂(s') - sg(φ(s'))‖² and pays η/2 ‖φ̂(s') - φ(s')‖², with φ of unit root mean
-    square.
+    Minimises (1 - β) inverse + β/2 ‖φ̂(s') - sg(φ(s'))‖² and pays ½‖φ̂(s') - φ(s')‖², with φ of unit root mean square.
+    The paper's η is not there: rewards are in their own unit.
 
     Args:
         target: what φ is made of, see `view`. deter and feat already hold the action, so that no feature is needed to
@@ -216,13 +216,12 @@ class ICM(Distilled):
         target: str = "embed",
         features: int = 32,
         beta: float = 0.2,
-        eta: float = 1.0,
         log: bool = False,
         layers: int = 1,
         units: int = 256,
     ):
         super().__init__(world_model, action_size, classes, head=head)
-        self.target, self.beta, self.eta, self.log = target, beta, eta, log
+        self.target, self.beta, self.log = target, beta, log
         self.classes = tuple(classes)
         self.phi = mlp(width(world_model, target), features, units, layers)
         self.inverse = mlp(2 * features, action_size, units, layers)
@@ -236,7 +235,7 @@ class ICM(Distilled):
         loss = (1 - self.beta) * inverse + self.beta / 2 * error
         live = going(batch)
         metrics = {"icm_inverse": ((right.detach() * live).sum() / live.sum().clamp(min=1))}
-        return torch.log1p(error) if self.log else self.eta / 2 * error, loss, metrics
+        return torch.log1p(error) if self.log else error / 2, loss, metrics
 
     def represent(self, seen: Float[Tensor, "b t width"]) -> Float[Tensor, "b t features"]:
         """φ, of root mean square 1: the inverse model gains by features that grow, and with them grew the errors."""
@@ -415,7 +414,7 @@ class Diversity(Intrinsic):
         self.discriminator = mlp(world_model.rssm.stoch_size, skills, units, layers)
 
     def imagined_loss(self, world_model: WorldModel, traj: dict[str, Tensor]) -> tuple[Tensor, Metrics]:
-        told = self._told(world_model, {key: traj[key].detach() for key in ("feat", "seen")})
+        told = self._told(world_model, traj)
         return -told, {"diayn_loss": -told.detach().mean()}
 
     def forward(self, world_model: WorldModel, traj: dict[str, Tensor]) -> Float[Tensor, "n h"]:
@@ -533,7 +532,7 @@ def _streams(world_model: WorldModel, action_size: int, classes: Sequence[int], 
         name, *numbers = entry.split(":")
         try:
             scale, horizon = [*map(float, numbers), *[None] * (2 - len(numbers))]
-            if scale is None or (horizon is not None and not horizon > 1):
+            if scale is None or not 0 <= scale < math.inf or (horizon is not None and not 1 < horizon < math.inf):
                 raise ValueError
         except ValueError:
             raise UserError(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distributions import OneHot, full_precision
 from errors import UserError
 from layers import MLP, Actor, Linear
-from models import Behavior, Intrinsic, Losses, Metrics, Stream, WorldModel, extrinsic_reward, replayed
+from models import Behavior, Intrinsic, Losses, Metrics, Stream, WorldModel, extrinsic_reward, imagined, replayed
 from networks import State
 from ppo import Rollout
 from returns import lambda_return
@@ -262,7 +262,8 @@ class Hierarchy(Behavior):
             going = (cont / self.discount if self.contdisc else cont).clamp(max=1)  # the probability alone
         losses, metrics, manager = self._manage(world_model, traj, phase, going)
         more, found, worker = self._work(world_model, traj, phase, going)
-        return losses | more, metrics | found, {"manager": manager, "worker": worker}
+        own, told = imagined(self.intrinsic, world_model, traj)
+        return losses | more | own, metrics | found | told, {"manager": manager, "worker": worker}
 
     def _manage(
         self, world_model: WorldModel, traj: dict[str, Tensor], phase: Tensor, going: Float[Tensor, "n states"]

@@ -217,6 +217,8 @@ class Intrinsic(nn.Module):
     Nothing that it learns reaches the world model. `exploration.py` has those that come with the project.
     """
 
+    in_unit = False  # whether its rewards are of order one by themselves
+
     @property
     def learns(self) -> bool:
         """Whether it has a loss."""
@@ -233,7 +235,7 @@ class Intrinsic(nn.Module):
         return None
 
     def imagined_loss(self, world_model: WorldModel, traj: dict[str, Tensor]) -> tuple[Tensor, Metrics] | None:
-        """The same on imagined trajectories, [N, H]."""
+        """The same on imagined trajectories, [N, H], which have no gradient either."""
         return None
 
     def forward(self, world_model: WorldModel, traj: dict[str, Tensor]) -> Float[Tensor, "n h"]:
@@ -243,7 +245,8 @@ class Intrinsic(nn.Module):
 
 class Stream(nn.Module):
     """One stream of rewards with its own critic, slow critic and return normaliser. An intrinsic reward is in units of
-    its root mean square so far: disagreement is about 1e-3, and a two-hot critic's bins are a hundred times as wide.
+    its root mean square so far, unless it comes in one (`in_unit`): disagreement is about 1e-3, and a two-hot critic's
+    bins are a hundred times as wide.
 
     Args:
         reward: (world_model, trajectory) -> [N, H], entry t for the transition (s_t, a_t, s_{t+1}); or an `Intrinsic`.
@@ -274,7 +277,7 @@ class Stream(nn.Module):
         # The floor that leaves small task returns small would silence intrinsic ones.
         floor = {"limit": 1e-8, "debias": True} if isinstance(reward, Intrinsic) else {}
         self.retnorm = ReturnNormalizer(**{**retnorm, **floor}) if retnorm else None
-        self.unit = RootMeanSquare() if isinstance(reward, Intrinsic) else None
+        self.unit = RootMeanSquare() if isinstance(reward, Intrinsic) and not reward.in_unit else None
 
     def rewards(self, world_model: WorldModel, traj: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The rewards [N, H] of a trajectory in their unit, which they join, and as they are."""
@@ -499,10 +502,8 @@ class ImagBehavior(Behavior):
                 metrics["policy/repval_loss"] = losses["repval"].detach().mean()
             metrics |= self._stream_metrics(suffix, ret, baseline, raw)
 
-        for name, reward in self.intrinsic.items():
-            if (found := reward.imagined_loss(world_model, traj)) is not None:
-                losses[f"intrinsic/{name}"] = found[0]
-                metrics |= {f"intrinsic/{key}": value for key, value in found[1].items()}
+        more, found = imagined(self.intrinsic, world_model, traj)
+        losses, metrics = losses | more, metrics | found
         objective = self._objective(traj["log_prob"], advantage)
         losses["policy"] = -(weight * (objective + self.entropy_scale * entropy)).mean(1).unflatten(0, shape)
         metrics |= {
@@ -592,6 +593,21 @@ def replayed(
             found = reward.loss(world_model, still, batch, noise.get(name, {}))
         if found is not None:
             losses[f"intrinsic/{name}"] = found[0]
+            metrics |= {f"intrinsic/{key}": value for key, value in found[1].items()}
+    return losses, metrics
+
+
+def imagined(
+    rewards: Mapping[str, Intrinsic], world_model: WorldModel, traj: dict[str, Tensor]
+) -> tuple[Losses, Metrics]:
+    """What they learn from imagined trajectories: losses `intrinsic/<name>/imagined` [N, H], and metrics."""
+    losses, metrics = {}, {}
+    still = {key: value.detach() for key, value in traj.items()}
+    for name, reward in rewards.items():
+        with frozen(world_model):
+            found = reward.imagined_loss(world_model, still)
+        if found is not None:
+            losses[f"intrinsic/{name}/imagined"] = found[0]
             metrics |= {f"intrinsic/{key}": value for key, value in found[1].items()}
     return losses, metrics
 

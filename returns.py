@@ -81,7 +81,8 @@ class RootMeanSquare(nn.Module):
     def update(self, signal: Float[Tensor, "*s"], live: Float[Tensor, "*s"] | None = None) -> None:
         """live: 1 where the signal counts, 0 elsewhere; None for everywhere."""
         square = signal.detach().to(self.square.dtype).square()
-        mean = square.mean() if live is None else (square * live).sum() / live.sum().clamp(min=1)
+        live = torch.ones_like(square) if live is None else live
+        mean = (square * live).sum() / live.sum()  # not a number if none counts
         finite = torch.isfinite(mean)
         for average, new in ((self.square, mean), (self.weight, torch.ones_like(mean))):
             average.copy_(torch.where(finite, average.lerp(new, self.rate), average))

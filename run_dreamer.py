@@ -94,7 +94,10 @@ def override(args: argparse.Namespace, settings: dict) -> dict:
     if args.multimodal:
         defaults, block = (configuration.load(flags).flat() for flags in ([], ["--configs", "multimodal"]))
         ours = {key for key in block if block[key] != defaults[key]}
-        settings = {key: value for key, value in settings.items() if not ours & {*ALIASES.get(key, [key])}}
+        kept = {key: value for key, value in settings.items() if not ours & {*ALIASES.get(key, [key])}}
+        if kept != settings:
+            print(f"--multimodal sets, in place of {args.config}: {', '.join(sorted(settings.keys() - kept.keys()))}")
+        settings = kept
         values |= {"configs": [*settings.get("configs", []), "multimodal"]}
     if (args.multimodal or args.env) and not (args.env or "").startswith("dmc_"):
         settings = {"action_repeat": 1} | settings
@@ -128,16 +131,17 @@ def translate(settings: dict) -> Config:
             raise UserError(f"unknown key {key}; did you mean {close[0]}?")
         if not isinstance(value, OWN.get(key, object)):
             raise UserError(f"{key} is {value!r}, expected {'a list of blocks' if key == 'configs' else 'a number'}.")
+    if not all(isinstance(block, str) for block in settings.get("configs", [])):
+        raise UserError(f"configs is {settings['configs']}, expected names of blocks.")
     config = configuration.load(["--configs", *settings["configs"]] if settings.get("configs") else [])
     changes = {"save_best": True}
     # What is said more exactly wins: critic_lr over actor_lr, which is also the critic's, and a key over its alias.
     for key in sorted(settings, key=lambda key: (key not in ALIASES, key == "critic_lr")):
         if key not in OWN:
             changes |= dict.fromkeys(ALIASES.get(key, [key]), settings[key])
-    for term in ("dyn", "rep"):
-        scale = f"loss_scales.{term}"
-        changes[scale] = changes.get(scale, config.loss_scales[term]) * settings.get("kl_scale", 1)
-    return config.override(**changes)
+    config = config.override("settings", **changes)
+    scales = {term: config.loss_scales[term] * settings.get("kl_scale", 1) for term in ("dyn", "rep")}
+    return config.override(**{f"loss_scales.{term}": scale for term, scale in scales.items()})
 
 
 def train(settings: dict) -> None:

@@ -1,5 +1,6 @@
 """Several runs of one JSON file: every combination of the values of its lists, and the table of their results."""
 
+import fnmatch
 import itertools
 import json
 import subprocess
@@ -17,7 +18,7 @@ def expand(settings: dict) -> list[dict]:
     defaults = configuration.load([]).flat()
 
     def choices(key: str, value) -> list:
-        plain = key == "configs" or isinstance(defaults.get(key), (list, tuple))
+        plain = key == "configs" or any(isinstance(defaults[x], (list, tuple)) for x in fnmatch.filter(defaults, key))
         listed = isinstance(value, list) and (not plain or (value and isinstance(value[0], list)))
         return value if listed else [value]
 

@@ -1202,6 +1202,42 @@ def test_updates_follow_the_agent_steps(tmp_path):
     assert stored.min() < -0.5 and stored.max() > 0.5 and np.abs(stored).max() <= 1
 
 
+@pytest.mark.parametrize("behavior", ["random", "rnd"])
+def test_who_acts(behavior, tmp_path):
+    """After the prefill the explorer or uniform actions, until `expl_until`; then, and in evaluations, the task."""
+    register_env("toy", lambda config, mode, index: Toy(length=9))
+    flags = "--task toy --steps 100 --prefill 20 --eval_every 50 --eval_episode_num 1 --envs 1 --expl_until 60".split()
+    trainer = make_trainer(tmp_path, *flags, "--expl_behavior", behavior)
+    trace, policy, uniform = [], trainer.agent.policy, trainer.random.policy
+
+    def traced_policy(*args, explore=False, **kwargs):
+        trace.append((trainer.frames, "explorer" if explore and trainer.agent.explorer else "task"))
+        return policy(*args, explore=explore, **kwargs)
+
+    def traced_uniform(num):
+        trace.append((trainer.frames, "random"))
+        return uniform(num)
+
+    evaluate = trainer.evaluate
+
+    def traced_evaluate():
+        before = len(trace)
+        result = evaluate()
+        assert len(trace) > before and {who for _, who in trace[before:]} == {"task"}
+        del trace[before:]
+        trace.append((trainer.frames, "evaluated"))
+        return result
+
+    trainer.agent.policy, trainer.random.policy, trainer.evaluate = traced_policy, traced_uniform, traced_evaluate
+    with contextlib.closing(trainer):
+        trainer.run()
+    assert "evaluated" in {who for _, who in trace}
+    for frames, who in trace:
+        explores = "random" if behavior == "random" else "explorer"
+        if who != "evaluated":
+            assert who == ("random" if frames < 20 else explores if frames < 60 else "task"), frames
+
+
 def test_a_checkpoint_of_the_prefill_keeps_what_is_owed(tmp_path):
     """Stopped in the prefill, gone on, killed before the next checkpoint: the updates for what was stored are owed."""
     register_env("toy", lambda config, mode, index: Toy(length=7))

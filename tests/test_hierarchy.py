@@ -14,8 +14,9 @@ import ppo
 from distributions import one_hot
 from dreamer import Draw
 from errors import UserError
+from exploration import REWARDS, register_reward
 from hierarchy import GoalAutoencoder, Hierarchy, chunk_starts, max_cosine, over_chunks
-from models import WorldModel, total_loss
+from models import Intrinsic, WorldModel, total_loss
 from optim import Optimizer
 
 HIERARCHY = ("--configs", "debug", "hierarchical", "--device", "cpu", "--hier.every", "3", "--imag_horizon", "6")
@@ -315,6 +316,35 @@ def test_a_stream_of_the_manager_counts_its_horizon_in_agent_steps():
     discounts = {name: stream.discount for name, stream in behavior.streams.items()}
     assert discounts["icm"] == pytest.approx(0.9**behavior.every)
     assert discounts["rnd"] == discounts["extrinsic"] == discounts["novelty"] == pytest.approx(1 - 1 / 50)
+
+
+class Dreamt(Intrinsic):
+    """Learns in imagination alone: the mean of the features."""
+
+    def __init__(self, world_model, action_size, classes):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(world_model.rssm.feat_size))
+
+    def imagined_loss(self, world_model, traj):
+        assert not traj["feat"].requires_grad
+        error = (traj["feat"][:, 1:] - self.mean).square().mean(-1)
+        return error, {"dreamt_loss": error.detach().mean()}
+
+    def forward(self, world_model, traj):
+        return (traj["feat"][:, 1:] - self.mean).square().mean(-1)
+
+
+@pytest.mark.parametrize("flags", [HIERARCHY, ("--imag_gradient", "both")], ids=["hierarchy", "flat"])
+def test_a_reward_may_learn_in_imagination(flags):
+    register_reward("dreamt", Dreamt)
+    try:
+        agent = make_agent(*flags, "--expl_streams", "dreamt:1")
+    finally:
+        REWARDS.pop("dreamt")
+    batch = make_batch(agent)
+    for _ in range(2):
+        metrics, _ = agent.train_step(batch)
+    assert "intrinsic/dreamt_loss" in metrics and agent.behavior.streams["dreamt"].reward.mean.abs().max() > 0
 
 
 def test_an_explorer_may_be_one_too():

@@ -616,36 +616,36 @@ def test_small_intrinsic_rewards_are_not_silenced():
             assert normalizer.scale.item() == pytest.approx(0.9 * size, rel=1e-3)
 
 
-@pytest.mark.parametrize("size", [2.0**-13, 2.0**13])  # powers of two, that rounding is the same
-def test_the_size_of_an_intrinsic_reward_changes_nothing(size):
+HIERARCHICAL = ("--behavior", "hierarchical", "--imag_horizon", "4", "--hier.every", "2", "--hier.goal.units", "8")
+
+
+@pytest.mark.parametrize("size", [2.0**-13])  # a power of two, that rounding is the same
+@pytest.mark.parametrize("flags", [(), ("--imag_gradient", "both"), HIERARCHICAL], ids=["flat", "both", "hierarchy"])
+def test_the_size_of_an_intrinsic_reward_changes_nothing(size, flags):
     """Critics see it in its own unit: rewards of disagreement's size lie within one bin of a two-hot head."""
 
     class Sized(Likes):
         def forward(self, world_model, traj):
-            return super().forward(world_model, traj) * size
+            return super().forward(world_model, traj) * paid_by[-1]
 
-    register_reward("sized", Sized)
-    register_reward("likes", Likes)
-    learned = []
+    register_reward("likes", Sized)
+    learned, paid, paid_by = [], [], []
     try:
-        for name in ("likes", "sized"):
-            torch.manual_seed(0)
-            agent = make_agent("--expl_behavior", name, *LEARN_FAST, act_space=spaces.Discrete(4))
+        for by in (1.0, size):
+            paid_by.append(by)
+            agent = make_agent("--expl_behavior", "likes", *LEARN_FAST, *flags, act_space=spaces.Discrete(4))
             batch = make_batch(agent)
-            for _ in range(10):
+            for _ in range(6):
                 metrics, _ = agent.train_step(batch)
-            feat = torch.linspace(-1, 1, 3 * agent.world_model.rssm.feat_size).view(3, -1)
-            learned.append(
-                (agent.explorer.actor(feat).parts[0].probs, agent.explorer.streams[name].critic(feat).mode())
-            )
-            learned[-1] += (metrics[f"explorer/reward/{name}"],)
+            learned.append({key: x for key, x in agent.explorer.state_dict().items() if ".unit." not in key})
+            paid.append(metrics["explorer/reward/likes"])
     finally:
-        del REWARDS["sized"], REWARDS["likes"]
-    (probs, values, paid), (other_probs, other_values, other_paid) = learned
-    torch.testing.assert_close(other_probs, probs, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(other_values, values, rtol=1e-5, atol=1e-6)
-    assert values.abs().min() > 1e-3
-    torch.testing.assert_close(other_paid, paid * size, rtol=1e-5, atol=0)  # what is logged is as it was paid
+        REWARDS.pop("likes")
+    for key, value in learned[0].items():
+        torch.testing.assert_close(learned[1][key], value, rtol=1e-5, atol=1e-6, msg=key)
+    critic = agent.explorer.streams["likes"].critic(torch.ones(1, agent.world_model.rssm.feat_size))
+    assert abs(float(critic.mode())) > 1e-3
+    torch.testing.assert_close(paid[1], paid[0] * size, rtol=1e-5, atol=0)  # what is logged is as it was paid
 
 
 def test_a_checkpoint_brings_the_explorer_back():
@@ -673,6 +673,9 @@ def test_a_checkpoint_brings_the_explorer_back():
         (("--expl_streams", "icm:0.1:0.5"), "expected name:scale or name:scale:horizon"),
         (("--expl_streams", "icm:0.1:5:5"), "expected name:scale or name:scale:horizon"),
         (("--expl_streams", "icm:0.1:5", "--metagrad", "one_step"), "gives icm"),
+        (("--expl_streams", "icm:nan"), "expected name:scale"),
+        (("--expl_streams", "icm:-1"), "expected name:scale"),
+        (("--expl_streams", "icm:1:inf"), "expected name:scale"),
         (("--expl_streams", "icm:0.1,icm:0.2"), "'icm' is there already"),
         (("--expl_streams", "diayn:1"), "--expl_behavior diayn"),
         (("--expl_streams", "curiosity:1"), "'curiosity' is no intrinsic reward"),

@@ -168,6 +168,7 @@ def test_root_mean_square_against_numpy(bad):
         weight += 0.1 * (1 - weight)
         np.testing.assert_allclose(unit.value, np.sqrt(square / weight), rtol=1e-5)
     unit.update(torch.tensor([1.0, bad]))
+    unit.update(torch.tensor([1.0, 2.0]), torch.zeros(2))  # none counts
     np.testing.assert_allclose(unit.value, np.sqrt(square / weight), rtol=1e-5)
     unit = RootMeanSquare(rate=0.01)
     unit.update(torch.full((3,), -2e-3))

@@ -84,6 +84,7 @@ def test_lists_are_sweeps_but_where_a_list_is_the_value():
         (s, r) for s in (0, 1) for r in (1e-3, 1e-4, 1e-5)
     }
     assert all(trial["image_size"] == [16, 16] for trial in trials)
+    assert len(expand({"*.mults": [2, 3, 4, 4]})) == 1 and len(expand({"*.units": [16, 32]})) == 2
     assert [trial["image_size"] for trial in expand({"image_size": [[16, 16], [32, 32]]})] == [[16, 16], [32, 32]]
 
 
@@ -169,6 +170,9 @@ def test_flags_win_over_the_checkpoint_that_is_evaluated():
     [
         ({"kl_scale": "2"}, (), "kl_scale is '2', expected a number"),
         ({"configs": "debug"}, (), "configs is 'debug', expected a list of blocks"),
+        ({"configs": [3]}, (), "expected names of blocks"),
+        ({"kl_scale": 1.5, "loss_scales.dyn": "much"}, (), "settings: loss_scales.dyn"),
+        ({"batch_sise": 2}, (), "Error: settings: unknown key batch_sise; did you mean batch_size"),
         ({"kl_scal": 2}, (), "did you mean kl_scale"),
         ({"sed_len": 2}, (), "did you mean seq_len"),
         ({}, ("--env", "custom"), "create_custom_env.*not given"),

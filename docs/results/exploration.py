@@ -33,7 +33,7 @@ def first_reward(path: Path) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--at", nargs="+", type=int, default=[500, 1000, 1500], help="steps of the table's columns")
+    parser.add_argument("--at", nargs="+", type=int, default=[500, 1000, 1500, 2000], help="the table's columns")
     parser.add_argument("--out", type=Path, default=Path("exploration.png"))
     args = parser.parse_args()
     groups: dict[str, list[Path]] = {}
