@@ -235,7 +235,9 @@ class Intrinsic(nn.Module):
         return None
 
     def imagined_loss(self, world_model: WorldModel, traj: dict[str, Tensor]) -> tuple[Tensor, Metrics] | None:
-        """The same on imagined trajectories, [N, H], which have no gradient either."""
+        """The same on imagined trajectories, [N, H], which have no gradient either. The world model is not held still
+        here, as in `loss`: what is asked of it, under `torch.no_grad`.
+        """
         return None
 
     def forward(self, world_model: WorldModel, traj: dict[str, Tensor]) -> Float[Tensor, "n h"]:
@@ -604,9 +606,7 @@ def imagined(
     losses, metrics = {}, {}
     still = {key: value.detach() for key, value in traj.items()}
     for name, reward in rewards.items():
-        with frozen(world_model):
-            found = reward.imagined_loss(world_model, still)
-        if found is not None:
+        if (found := reward.imagined_loss(world_model, still)) is not None:
             losses[f"intrinsic/{name}/imagined"] = found[0]
             metrics |= {f"intrinsic/{key}": value for key, value in found[1].items()}
     return losses, metrics

@@ -60,7 +60,9 @@ def main() -> None:
         low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
         axes.plot(frames, mean, color="black", label="paper: mean of 5 seeds")
         axes.fill_between(frames, low, high, color="black", alpha=0.15, label="paper: ± one standard deviation")
-    axes.set(xlabel="environment steps (frames)", ylabel=", ".join(args.metric).replace("episode/", ""), title=args.task)
+    axes.set(
+        xlabel="environment steps (frames)", ylabel=", ".join(args.metric).replace("episode/", ""), title=args.task
+    )
     save(figure, axes, args.out)
 
 
