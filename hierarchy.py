@@ -58,14 +58,16 @@ class GoalAutoencoder(Intrinsic):
         return full_precision(self.decoder(code))
 
     def noise(self, batch: int, time: int, draw) -> dict[str, Tensor]:
-        return {"code": draw.gumbel(batch, time, self.groups, self.classes)}
+        # β of this update comes from outside, too: compiled, a backward pass that reads a buffer which its forward pass
+        # has moved on finds the new value there.
+        return {"code": draw.gumbel(batch, time, self.groups, self.classes), "beta": self.beta.clone()}
 
     def loss(self, world_model: WorldModel, post: State, batch: dict, noise: dict) -> tuple[Tensor, Metrics]:
         deter = full_precision(post["deter"])
         code = self.encode(deter)
         error = (self.decode(code.sample(noise["code"]).flatten(-2)) - deter).square().sum(-1)
         kl = (code.probs * (code.log_probs + math.log(self.classes))).sum((-2, -1))
-        loss = error + self.beta.clone() * kl
+        loss = error + noise["beta"] * kl
         with torch.no_grad():
             mean = kl.mean()
             grown = torch.where(mean > self.nats, self.beta * 1.1, self.beta / 1.1).clamp(1e-6, 1e6)

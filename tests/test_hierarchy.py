@@ -192,7 +192,7 @@ def test_the_autoencoder_keeps_as_much_as_it_may():
     for _ in range(600):
         deter = kinds[torch.randint(16, (8, 16))]
         gumbel = -torch.log(-torch.log(torch.rand(8, 16, 4, 4).clamp(1e-9, 1 - 1e-7)))
-        loss, metrics = autoencoder.loss(None, {"deter": deter}, {}, {"code": gumbel})
+        loss, metrics = autoencoder.loss(None, {"deter": deter}, {}, {"code": gumbel, "beta": autoencoder.beta.clone()})
         nats.append(metrics["goal_kl"].item())
         optimizer.zero_grad()
         loss.mean().backward()
