@@ -301,7 +301,7 @@ def test_it_trains_and_acts(act_space):
         assert any(key.startswith(part) for key in moved), part
     for stream in ("extrinsic", "novelty", "worker", "icm", "plan2explore"):
         assert any(key.startswith(f"streams.{stream}.critic") for key in moved), stream
-        assert stream in ("extrinsic", "worker") or f"streams.{stream}.unit.square" in moved
+        assert (f"streams.{stream}.unit.square" in moved) == (stream in ("novelty", "plan2explore"))
         logged = "" if stream == "extrinsic" else f"/{stream}"  # the task's by the names of the flat agent's
         assert {f"policy/return{logged}", f"policy/reward{logged}"} <= metrics.keys()
     obs = {"vector": np.zeros((3, 3), np.float32), "is_first": np.ones(3, bool)}

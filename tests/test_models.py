@@ -912,7 +912,7 @@ def replay_targets(is_last: bool, is_terminal: bool) -> tuple[torch.Tensor, ...]
     batch["is_last"][0, 2], batch["is_terminal"][0, 2] = is_last, is_terminal
     stream, seen = behavior.streams["extrinsic"], []
     original = stream.value_loss
-    stream.value_loss = lambda feat, dist, target: seen.append(target) or original(feat, dist, target)
+    stream.value_loss = lambda dist, target, slow: seen.append(target) or original(dist, target, slow)
     losses, _ = behavior.loss(world, post, batch, noise)
     imagined, replayed = seen
     return imagined[:, 0].reshape(B, T), replayed, losses["repval"], batch["reward"]
