@@ -321,6 +321,21 @@ def test_distilled_rewards_are_predicted_upon_arrival_in_their_own_unit():
     torch.testing.assert_close(paid[seen], (arrived * 1e-3 / rms)[seen], atol=0.2, rtol=0.1)
 
 
+def test_what_lies_between_two_episodes_is_not_a_transition():
+    class Jump(RND):
+        def signal(self, world_model, post, batch):
+            value = torch.where(batch["is_first"][:, 1:], 1e6, 2.0)
+            return value, value, {}
+
+    env = GridWorld(free_cells(4, "open"), steps=10**9)
+    data, _ = walk(env, 4, 6)
+    data["is_first"][:, 3] = True
+    reward = Jump(ToyWorld(env), ACTIONS, (ACTIONS,), head=HEAD)
+    loss, metrics = reward.loss(None, data, data, {})
+    assert reward.unit.value == pytest.approx(2.0) and metrics["rnd"] == pytest.approx(2.0)
+    assert (loss[:, 2] == 0).all() and (loss[:, [0, 1, 3, 4]] > 0).all()
+
+
 # Empowerment
 
 
