@@ -125,6 +125,7 @@ class Hierarchy(Behavior):
         every: steps between two decisions of the manager; `imag_horizon` is a multiple.
         goal: options of the autoencoder. novelty: scale of its error as a reward of the manager.
         manager_horizon: decisions; the manager's discount is 1 - 1/manager_horizon for each.
+        manager_entropy: scale of the entropy bonus of its choices, None for the actor's, which is the worker's.
         phases: share of imagined trajectories that start with a goal of random age. The manager learns from decisions
             whose chunks are whole, of which these have fewer.
     """
@@ -145,6 +146,7 @@ class Hierarchy(Behavior):
         every: int = 8,
         novelty: float = 0.1,
         manager_horizon: float = 50,
+        manager_entropy: float | None = None,
         phases: float = 0.5,
         horizon: float = 333,
         contdisc: bool = True,
@@ -162,7 +164,8 @@ class Hierarchy(Behavior):
         if imag_horizon % every:
             raise UserError(f"imag_horizon is {imag_horizon}, expected a multiple of hier.every ({every}).")
         actor = dict(actor)
-        self.entropy_scale = actor.pop("entropy")
+        entropy = actor.pop("entropy")
+        self.entropy_scales = {"manager": entropy if manager_entropy is None else manager_entropy, "worker": entropy}
         self.deter, self.action_size, self.every = deter, action_size, every
         self.phases = phases if imag_horizon > every else 0.0  # else no chunk would be whole
         self.gumbel = bool(classes)  # whether an action's noise is
@@ -252,7 +255,8 @@ class Hierarchy(Behavior):
                 "manager": (self.manager, {n: s for n, s in self.streams.items() if n != "worker"}),
                 "worker": (self.worker, {"worker": self.streams["worker"]}),
             }
-            self.rollouts = [Rollout(*whose[who], self.entropy_scale, **given) for who, given in kept.items()]
+            scales = self.entropy_scales
+            self.rollouts = [Rollout(*whose[who], scales[who], **given) for who, given in kept.items()]
         return losses | {name: value.unflatten(0, shape) for name, value in more.items()}, metrics | found
 
     def learn(
@@ -299,7 +303,8 @@ class Hierarchy(Behavior):
             losses[f"value/{name}"] = value_loss.mean(1)
         dist = self.manager(seen[:, :-1])
         log_prob, entropy = dist.log_prob(code), dist.entropy()
-        losses["policy/manager"] = -(weight * (log_prob * advantage + self.entropy_scale * entropy)).mean(1)
+        objective = log_prob * advantage + self.entropy_scales["manager"] * entropy
+        losses["policy/manager"] = -(weight * objective).mean(1)
         metrics |= {"policy/manager_entropy": entropy.detach().mean()}
         metrics |= {"policy/manager_loss": losses["policy/manager"].detach().mean()}
         kept = {"seen": seen, "action": code, "log_prob": log_prob.detach(), "advantage": advantage}
@@ -325,7 +330,7 @@ class Hierarchy(Behavior):
             target = ret, stream.slow_value(seen)
             weight = torch.cumprod(stream.discount * going, 1)[:, :-1] / stream.discount
         entropy = traj["entropy"]
-        objective = traj["log_prob"] * advantage + self.entropy_scale * entropy
+        objective = traj["log_prob"] * advantage + self.entropy_scales["worker"] * entropy
         losses = {
             "policy/worker": -(weight * objective).mean(1),
             "value/worker": (weight * stream.value_loss(dist, *target)[:, :-1]).mean(1),

@@ -135,9 +135,19 @@ def test_returns_of_the_manager_by_hand():
     assert (rollout.weight > 0).sum() == decisions  # and no other counts
 
 
+def test_the_manager_may_have_an_entropy_bonus_of_its_own():
+    agent, curious = shaken("--actor.entropy", "0.1"), shaken("--actor.entropy", "0.1", "--hier.manager_entropy", "0.6")
+    (before, _, _), (after, _, _) = imagined(agent), imagined(curious)
+    rollout = curious.behavior.rollouts[0]
+    bonus = (rollout.weight * curious.behavior.manager(rollout.seen[:, :-1]).entropy()).mean()
+    found = before["losses"]["policy/manager"].mean() - after["losses"]["policy/manager"].mean()
+    assert bonus > 0.1 and found.item() == pytest.approx(0.5 * bonus.item(), rel=1e-4)
+    torch.testing.assert_close(after["losses"]["policy/worker"], before["losses"]["policy/worker"])
+
+
 @pytest.mark.parametrize("act_space", SPACES, ids=str)
 def test_at_first_the_gradient_of_both_is_reinforces(act_space):
-    agent = shaken(act_space=act_space)
+    agent = shaken("--hier.manager_entropy", "0.2", act_space=act_space)
     losses, _, _ = agent.losses(make_batch(agent), agent.draw_noise(4, 6))
     for who, rollout in zip(("manager", "worker"), agent.behavior.rollouts, strict=True):
         params = list(agent.behavior.actors[who].parameters())
