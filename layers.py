@@ -279,10 +279,13 @@ def in_pieces(
     """
     size = size if x.device.type == "cpu" else max(size, 256) if recompute else len(x)
     run = recomputed(function) if recompute else function
-    return one_by_one(run, x, size) if len(x) > size else run(x)
+    if len(x) <= size:
+        return run(x)
+    # Not a decorator: that imports the compiler, which takes as long as all else that a start imports without torch.
+    loop = torch.compiler.disable(one_by_one) if torch.compiler.is_compiling() else one_by_one
+    return loop(run, x, size)
 
 
-@torch.compiler.disable
 def one_by_one(function: Callable[[Tensor], Tensor], x: Float[Tensor, "n ..."], size: int) -> Float[Tensor, "n ..."]:
     """Never compiled: compilers unroll the loop, and were not done with a decoder's 64 pieces after nine minutes."""
     return torch.cat([function(piece) for piece in x.split(size)])

@@ -71,7 +71,9 @@ class Optimizer:
         clip: clip each group's whole gradient to this norm; 0 turns it off.
         warmup: updates over which the rate rises linearly; the first update has rate 0.
         hyper: κ of hypergradient rates, 0 for fixed ones: after the warmup each group's rate α moves by
-            ln α += κ cos(g_t, u_{t-1}), where u is its last movement: up while the gradient agrees with it.
+            ln α += κ cos(g_t, u_{t-1}), where u is its last movement: up while the gradient agrees with it. Once per
+            update of all groups: further steps on the same data (see `step`) would agree with each other, and are
+            part of the movement.
         hyper_limit: a rate stays within this factor of where it started, up and down.
         scaled: multiply the loss before the backward pass, so that gradients do not vanish in half precision
             (float16): the factor halves after an update that is not finite and doubles after 2000 in a row that are.
@@ -146,7 +148,7 @@ class Optimizer:
             ok = ok if live is None else ok & live
             for group in groups:
                 group.extra += ok
-        squares = sum(self._update(group, ok) for group in groups)
+        squares = sum(self._update(group, ok, adapt=only is None) for group in groups)
         rms = (squares / sum(g.data.numel() for g in groups)).sqrt()
         return {"grad_norm": norm, "update_rms": rms, "bad_updates": self.bad_total.clone()}
 
@@ -156,8 +158,10 @@ class Optimizer:
         self.scale.mul_(torch.where(ok, torch.where(grow, 2.0, 1.0), 0.5)).clamp_(1.0, 2.0**24)
         self.good.masked_fill_(grow, 0.0)
 
-    def _update(self, group: Group, ok: Bool[Tensor, ""]) -> Float[Tensor, ""]:
-        """Clips, updates the moments and the weights of one group; returns the sum of squares of the movement."""
+    def _update(self, group: Group, ok: Bool[Tensor, ""], adapt: bool) -> Float[Tensor, ""]:
+        """Clips, updates the moments and the weights of one group, and its rate if `adapt`; returns the sum of squares
+        of the movement.
+        """
         grad = group.grad.masked_fill_(~ok, 0.0)  # a NaN would survive a product with 0
         if self.agc:
             self._clip_tensors(group)
@@ -171,7 +175,7 @@ class Optimizer:
             (self.updates + group.extra).to(torch.float64 if grad.device.type != "mps" else torch.float32).clamp(min=1)
         )
         correct1, correct2 = ((1 - beta**count).to(grad.dtype) for beta in (self.beta1, self.beta2))
-        if self.hyper:
+        if self.hyper and adapt:
             self._adapt(group, live)
         rate = (group.rate * self._warmup()).to(grad.dtype) * live
         group.second.lerp_(grad.square(), (1 - self.beta2) * live)
@@ -188,8 +192,10 @@ class Optimizer:
             group.first.lerp_(grad, (1 - self.beta1) * live)
             move = (group.first / correct1).div_(scale).mul_(rate)
         group.data.sub_(move)
-        if group.last is not None:
+        if group.last is not None and adapt:
             group.last.copy_(torch.where(ok, move, group.last if group.traces is None else 0.0))
+        elif group.last is not None:
+            group.last.add_(move)
         return move.square_().sum()
 
     def _adapt(self, group: Group, live: Float[Tensor, ""]) -> None:

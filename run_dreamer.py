@@ -37,6 +37,8 @@ ALIASES = {
     "use_wandb": ["wandb"],
 }
 OWN = {"configs": list, "kl_scale": (int, float), "obs_dim": int, "action_dim": int}  # more than a key's other name
+FLAGS = {"env": "--env, or the key task", "env_file": "--env_file", "parallel_trials": "--parallel_trials"}
+FLAGS |= {"multimodal": "--multimodal, or the block of that name in configs"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         trials = expand(settings)
         if len(trials) == 1:
             return dreamer.guarded(train, *trials, advice="or start from --config configs/small_batch.json")
+        for trial in trials:
+            translate(trial)
         flags = ["--env_file", args.env_file] if args.env_file else []
         return run_all(trials, Path(__file__), flags, args.parallel_trials)
     except UserError as error:
@@ -76,9 +80,12 @@ def main(argv: list[str] | None = None) -> int:
 def read(path: str) -> dict:
     """A JSON file's settings by their dotted names."""
     try:
-        return configuration.flatten(json.loads(Path(path).read_text()))
-    except (OSError, json.JSONDecodeError, AttributeError) as error:
+        settings = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
         raise UserError(f"--config {path}: {error}; expected a JSON object of settings.") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {path} is a {type(settings).__name__}; expected a JSON object of settings.")
+    return configuration.flatten(settings)
 
 
 def override(args: argparse.Namespace, settings: dict) -> dict:
@@ -98,8 +105,11 @@ def override(args: argparse.Namespace, settings: dict) -> dict:
         if kept != settings:
             print(f"--multimodal sets, in place of {args.config}: {', '.join(sorted(settings.keys() - kept.keys()))}")
         settings = kept
-        values |= {"configs": [*settings.get("configs", []), "multimodal"]}
-    if (args.multimodal or args.env) and not (args.env or "").startswith("dmc_"):
+        blocks = settings.get("configs", [])
+        swept = bool(blocks) and isinstance(blocks[0], list)
+        values |= {"configs": [[*own, "multimodal"] for own in blocks] if swept else [*blocks, "multimodal"]}
+    for_dmc = "dmc_" in json.dumps([settings.get("task"), settings.get("configs")])
+    if for_dmc and (args.multimodal or args.env) and not (args.env or "").startswith("dmc_"):
         settings = {"action_repeat": 1} | settings
     return settings | {key: value for key, value in values.items() if value is not None}
 
@@ -125,11 +135,14 @@ def register(path: Path) -> bool:
 def translate(settings: dict) -> Config:
     """The configuration that settings stand for. UserError for a key that does not exist."""
     known = [*ALIASES, *OWN]
+    settings = {key: value for key, value in settings.items() if key not in OWN or value is not None}
     for key, value in settings.items():
+        if key in FLAGS:
+            raise UserError(f"{key} is no key of the file, but a flag: {FLAGS[key]}.")
         close = difflib.get_close_matches(key, known, 1, 0.8)
         if close and key not in known and key not in configuration.load([]).flat():
             raise UserError(f"unknown key {key}; did you mean {close[0]}?")
-        if not isinstance(value, OWN.get(key, object)):
+        if not isinstance(value, OWN.get(key, object)) or (key in OWN and isinstance(value, bool)):
             raise UserError(f"{key} is {value!r}, expected {'a list of blocks' if key == 'configs' else 'a number'}.")
     if not all(isinstance(block, str) for block in settings.get("configs", [])):
         raise UserError(f"configs is {settings['configs']}, expected names of blocks.")
@@ -157,7 +170,7 @@ def train(settings: dict) -> None:
         sizes = {"obs_dim": sum(width(space) for space in vector.values())}
         sizes |= {"action_dim": trainer.agent.action_size}
         for name, size in sizes.items():
-            if settings.get(name, size) != size:
+            if settings.get(name) not in (None, size):
                 raise UserError(f"{name} is {settings[name]}, and {config.task} has {size}: leave it out to read it.")
         trainer.run()
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import config as configuration
 from errors import UserError
+from tools import Shutdown
 
 
 def expand(settings: dict) -> list[dict]:
@@ -32,31 +33,53 @@ def expand(settings: dict) -> list[dict]:
 def run_all(trials: list[dict], program: Path, flags: Sequence[str], parallel: int) -> int:
     """`program --config ... flags` for all trials, `parallel` at a time, each in a process and a folder of its own.
 
-    Ends with the table. Exit status: 1 if one has failed.
+    Ends with the table. Ctrl-C and SIGTERM let those that run save and end, and start no other. Exit status: 1 if one
+    has failed or was not run.
     """
     swept = [key for key in trials[0] if len({json.dumps(trial[key]) for trial in trials}) > 1]
     folders = [Path(trial["logdir"]) / f"trial{number:03}" for number, trial in enumerate(trials)]
 
-    def run(number: int) -> int:
-        folder = folders[number]
+    def run(number: int) -> int | None:
+        if shutdown.requested:
+            return None
+        folder, told = folders[number], False
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.json").write_text(json.dumps(trials[number], indent=2))
         command = [sys.executable, program, "--config", folder / "settings.json", "--logdir", folder, *flags]
+        values = ", ".join(f"{key} {trials[number][key]}" for key in swept)
+        # With its end of line in one piece: threads write here.
+        print(f"{folder.name} of {len(trials)} begins ({values}): {folder / 'output.txt'}\n", end="", flush=True)
         with (folder / "output.txt").open("w") as output:
-            return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            while True:
+                try:
+                    return process.wait(0.2)
+                except subprocess.TimeoutExpired:
+                    if shutdown.requested and not told:
+                        process.terminate()
+                        told = True
 
-    with ThreadPoolExecutor(parallel) as pool:
+    with Shutdown() as shutdown, ThreadPoolExecutor(parallel) as pool:
         codes = list(pool.map(run, range(len(trials))))
     rows = [["trial", *swept, "best eval", "last eval", "last episode", ""]]
     for folder, trial, code in zip(folders, trials, codes, strict=True):
-        evals, episodes = (logged(folder / "metrics.jsonl", key) for key in ("eval/return", "episode/return"))
+        evals, episodes = (
+            logged(folder / "metrics.jsonl", key) if code == 0 else []  # there may be those of an earlier sweep
+            for key in ("eval/return", "episode/return")
+        )
         results = [max(evals, default=None), *(values[-1] if values else None for values in (evals, episodes))]
-        failed = f"failed: {folder / 'output.txt'}" if code else ""
+        failed = "not run" if code is None else f"failed: {last_line(folder / 'output.txt')}" if code else ""
         numbers = ["-" if value is None else f"{value:.4g}" for value in results]
         rows.append([folder.name, *(str(trial[key]) for key in swept), *numbers, failed])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows))
-    return int(any(codes))
+    return int(any(code != 0 for code in codes))
+
+
+def last_line(path: Path) -> str:
+    """Of a program's output, and where it is."""
+    lines = path.read_text(errors="replace").split("\n")
+    return f"{next((line for line in reversed(lines) if line.strip()), '')} ({path})"
 
 
 def logged(path: Path, key: str) -> list[float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 os.environ.setdefault("MUJOCO_GL", "egl")
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
@@ -15,3 +16,10 @@ torch.set_num_threads(1)  # the networks of tests are too small for more
 install_import_hook(
     ["distributions", "returns", "optim", "layers", "modalities", "networks", "models"], "typecheck.checked"
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is slow has half an hour, where it does not say otherwise."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1800))

@@ -817,7 +817,6 @@ def check_learns(agent: Dreamer) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_compiled_run(tmp_path):
     done = start(*CARTPOLE, "--steps", 80, "--compile", "true", "--logdir", tmp_path, timeout=1700)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -875,7 +874,6 @@ def compare_compiled(*flags: str, discrete: bool = False) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "flags, discrete",
     [

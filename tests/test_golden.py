@@ -37,7 +37,6 @@ def test_command_line_and_dump(path, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_agrees_with_reference_when_compiled(path):
     command = [sys.executable, golden.__file__, str(path), "--compile", "--device", "cpu"]

@@ -337,6 +337,27 @@ def test_a_hypergradient_rate_by_hand():
     assert len({round(gain, 9) for gain in log_gain.values()}) == 3  # each its own
 
 
+def test_a_hypergradient_rate_adapts_once_per_update_whatever_follows_it():
+    """Further steps, as those of PPO's minibatches, agree with each other by construction: they only move further."""
+    params, kappa = make_params(), 0.01
+    optimizer = make(params, warmup=0, agc=0.0, hyper=kappa)
+    expected, last = 0.0, None
+    for number, wanted in enumerate(gradients(params, 9)):
+        before = flat(params)
+        joint = number % 3 == 0
+        live = torch.tensor(number != 5)
+        optimizer.step(loss_with(params, wanted), None if joint else ("actor",), None if joint else live)
+        grad = np.concatenate([wanted["actor"][name].flatten() for name in params["actor"]])
+        moved = [(before[f"actor.{n}"] - p.detach()).flatten() for n, p in params["actor"].items()]
+        moved = torch.cat(moved).numpy()
+        assert moved.any() == bool(live)
+        if joint and last is not None:
+            expected += kappa * grad @ last / (np.linalg.norm(grad) * np.linalg.norm(last))
+        last = moved if joint else last + moved
+        assert float(optimizer.groups["actor"].log_gain) == pytest.approx(expected, abs=1e-7)
+    assert expected != 0
+
+
 def quadratic(rate: float, hyper: float = 0.0, noise: float = 0.0, steps: int = 1500) -> float:
     """What is left of a badly conditioned quadratic, averaged over the last tenth; `noise` of its gradients."""
     generator = torch.Generator().manual_seed(0)

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ def test_keys_and_what_they_set():
         exact = dict([("opt.critic_lr", 4e-3), ("actor_lr", 2e-3)][::order])
         assert translate(exact).opt.critic_lr == 4e-3
     assert translate({"kl_scale": 3, "loss_scales.dyn": 0.5}).loss_scales.dyn == 1.5
+    assert translate({"obs_dim": None, "kl_scale": None}) == translate({})
 
 
 def test_nested_and_dotted_keys_are_the_same(tmp_path):
@@ -57,13 +59,14 @@ def test_nested_and_dotted_keys_are_the_same(tmp_path):
     assert read(str(file)) == {"dyn.deter": 64, "dyn.hidden": 8, "opt.lr": 1e-3}
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", None], ids=["broken", "a list", "missing"])
+@pytest.mark.parametrize("text", ["{", "[1]", "3", None], ids=["broken", "a list", "a number", "missing"])
 def test_files_that_are_none(text, tmp_path):
     file = tmp_path / "a.json"
     if text:
         file.write_text(text)
-    with pytest.raises(UserError, match="expected a JSON object"):
+    with pytest.raises(UserError, match="expected a JSON object") as error:
         read(str(file))
+    assert "attribute" not in str(error.value)
 
 
 def test_an_empty_sweep_is_told():
@@ -137,16 +140,16 @@ def test_the_whole_system_trains_saves_and_resumes(tmp_path):
     assert again["counters"]["updates"] - best["counters"]["updates"] <= per_frame * (200 - 140) + 3
 
 
-def flags_to_config(*flags: str, file: str = "default") -> configuration.Config:
+def flags_to_config(*flags: str, file: Path = ROOT / "configs" / "default.json") -> configuration.Config:
     """What `main` trains."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_dreamer, "train", lambda settings: found.append(translate(settings)))
-        assert run_dreamer.main(["--config", str(ROOT / "configs" / f"{file}.json"), *flags]) == 0
+        assert run_dreamer.main(["--config", str(file), *flags]) == 0
     return found[0]
 
 
-def test_what_is_for_dm_control_does_not_reach_other_tasks():
+def test_what_is_for_dm_control_does_not_reach_other_tasks(tmp_path):
     """Each of them would see every second step alone."""
     assert flags_to_config().action_repeat == 2 == flags_to_config("--env", "dmc_cheetah_run").action_repeat
     assert flags_to_config("--env", "gym_CartPole-v1").action_repeat == 1
@@ -156,8 +159,20 @@ def test_what_is_for_dm_control_does_not_reach_other_tasks():
     for key in ("batch_length", "train_ratio", "modality_dropout", "text"):
         assert config[key] == block[key], key
     assert config.behavior == "hierarchical" and config.metagrad == "hypergradient"
+    for blocks, repeat in ((["atari100k"], 4), (["dmc_proprio"], 1)):
+        file = tmp_path / "a.json"
+        file.write_text(json.dumps({"configs": blocks}))
+        assert flags_to_config("--env", "atari_breakout", file=file).action_repeat == repeat
     config = flags_to_config("--multimodal", "--env", "sound_room")
     assert config.task == "sound_room" and config.modality_dropout == block.modality_dropout
+
+
+def test_multimodal_joins_every_combination_of_blocks(tmp_path, monkeypatch):
+    file, found = tmp_path / "a.json", []
+    file.write_text(json.dumps({"configs": [["cpu"], ["debug"]]}))
+    monkeypatch.setattr(run_dreamer, "run_all", lambda trials, *_: found.extend(trials) or 0)
+    assert run_dreamer.main(["--config", str(file), "--multimodal"]) == 0
+    assert [trial["configs"] for trial in found] == [["cpu", "multimodal"], ["debug", "multimodal"]]
 
 
 def test_flags_win_over_the_checkpoint_that_is_evaluated():
@@ -169,6 +184,10 @@ def test_flags_win_over_the_checkpoint_that_is_evaluated():
     ("settings", "flags", "message"),
     [
         ({"kl_scale": "2"}, (), "kl_scale is '2', expected a number"),
+        ({"kl_scale": True}, (), "kl_scale is True, expected a number"),
+        ({"env": "grid_halls"}, (), "env is no key of the file, but a flag: --env, or the key task"),
+        ({"kl_scale": [1, 2], "kl_scal": 3}, (), "did you mean kl_scale"),
+        ({"opt.lr": [1e-4, -1]}, (), "opt.lr"),
         ({"configs": "debug"}, (), "configs is 'debug', expected a list of blocks"),
         ({"configs": [3]}, (), "expected names of blocks"),
         ({"kl_scale": 1.5, "loss_scales.dyn": "much"}, (), "settings: loss_scales.dyn"),
@@ -207,23 +226,36 @@ def test_sizes_that_the_environment_does_not_have(key, found, tmp_path):
 
 
 def test_a_sweep_ends_in_a_table(tmp_path):
-    done = run(tmp_path, DEBUG | {"world_lr": [1e-4, 1e-3], "batch_size": [4, 0]}, "--parallel_trials", 2, status=1)
-    head, *table = done.stdout.strip().splitlines()
-    assert head.split()[:3] == ["trial", "batch_size", "world_lr"] or head.split()[:3] == [
-        "trial",
-        "world_lr",
-        "batch_size",
-    ]
-    assert len(table) == 4
+    done = run(tmp_path, DEBUG | {"world_lr": [1e-4, 1e-3], "obs_dim": [4, 7]}, "--parallel_trials", 2, status=1)
+    *begun, head, _, _, _, _ = lines = done.stdout.strip().splitlines()
+    assert len(begun) == 4 and all(re.match(r"trial00\d of 4 begins \(.*world_lr.*output.txt$", line) for line in begun)
+    assert set(head.split()[:3]) == {"trial", "world_lr", "obs_dim"}
+    table = lines[-4:]
     for number, line in enumerate(table):
         logdir = tmp_path / "checkpoints" / f"trial{number:03}"
         trial = json.loads((logdir / "settings.json").read_text())
         assert str(trial["world_lr"]) in line
-        if trial["batch_size"]:
+        if trial["obs_dim"] == 4:
             best = max(row["eval/return"] for row in rows(logdir) if "eval/return" in row)
             assert f"{best:.4g}" in re.split(r"\s{2,}", line)
         else:
-            assert "failed" in line and "batch_size" in (logdir / "output.txt").read_text()
+            assert "failed: Error: obs_dim is 7" in line and "output.txt" in line
+
+
+def test_a_sweep_that_is_stopped_ends_what_runs_and_starts_no_more(tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(DEBUG | {"steps": 100_000, "eval_every": 0, "seed": [0, 1]}))
+    command = [sys.executable, str(ROOT / "run_dreamer.py"), "--config", str(file)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    first, end = tmp_path / "checkpoints" / "trial000", time.time() + 200
+    while not any(first.glob("train_eps/*.npz")):
+        assert process.poll() is None and time.time() < end
+        time.sleep(0.05)
+    process.terminate()
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 1, output
+    assert (first / "latest.pt").exists() and "Stopped at frame" in (first / "output.txt").read_text()
+    assert output.strip().endswith("not run") and not (tmp_path / "checkpoints" / "trial001").exists()
 
 
 def test_an_environment_of_ones_own(tmp_path):
