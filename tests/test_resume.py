@@ -51,6 +51,8 @@ def metrics(logdir: Path) -> list[dict]:
 
 def leaves(value, path="") -> dict:
     """Every tensor and number of a nested checkpoint, by path."""
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
     if isinstance(value, dict):
         return {k: v for key, item in value.items() for k, v in leaves(item, f"{path}/{key}").items()}
     return {path: value}
