@@ -50,9 +50,10 @@ TASK ?=
 LOGDIR ?=
 ARGS ?=
 NO_CPU_BLOCK ?=
-# The block `cpu` goes behind the task's block, before a size that was asked for by name. `debug` is small already.
+# The block `cpu` goes behind the task's block, before a size that was asked for by name. These are small already.
+SMALL = cpu debug cues sound_small babyai_small exploration
 CPU_CONFIGS = $(filter-out size%,$(CONFIGS)) cpu $(filter size%,$(CONFIGS))
-WANTS_CPU = $(if $(NO_CPU_BLOCK)$(filter cpu debug,$(CONFIGS)),,yes)
+WANTS_CPU = $(if $(NO_CPU_BLOCK)$(filter $(SMALL),$(CONFIGS)),,yes)
 
 train: setup ## set up, then train (the same command resumes)
 	@configs="$(CONFIGS)"; \

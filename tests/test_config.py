@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 import config as configuration
 from config import ABSENT, Config, ConfigError, check_resume, difference, load, resolve_paths
@@ -549,6 +550,7 @@ def set_up(tmp_path):
         (["CONFIGS=dmc_proprio size1m"], "--configs dmc_proprio cpu size1m"),
         (["CONFIGS=cpu dmc_proprio"], "--configs cpu dmc_proprio"),
         (["CONFIGS=debug"], "--configs debug"),
+        (["CONFIGS=exploration hierarchical pinpad"], "--configs exploration hierarchical pinpad"),
         (["NO_CPU_BLOCK=1"], "--configs dmc_vision"),
     ],
 )
@@ -557,6 +559,12 @@ def test_make_train_without_cuda(set_up, argv, command):
     assert f"RUN osmesa dreamer.py {command}\n" in output
     added = "cpu" in command and not any("cpu" in word for word in argv)
     assert ("No CUDA: the block `cpu`" in output) == added
+
+
+def test_make_knows_the_blocks_for_a_cpu():
+    names = re.search(r"^SMALL = (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    blocks = YAML(typ="safe").load(ROOT / "configs.yaml")
+    assert {"debug", *(name for name, block in blocks.items() if block.get("device") == "cpu")} == {*names}
 
 
 def test_make_train_with_cuda(set_up):
