@@ -14,7 +14,8 @@ help: ## this list
 	@echo
 	@echo 'train takes CONFIGS="block ..." TASK=name LOGDIR=folder ARGS="--key value ..." EXTRAS="atari ...", for example'
 	@echo '  make train CONFIGS=dmc_proprio TASK=dmc_cartpole_swingup ARGS="--steps 1e5"'
-	@echo 'Without CUDA the block `cpu` (small network, lighter batch) is added; NO_CPU_BLOCK=1 leaves it out.'
+	@echo 'Without CUDA, dmc_proprio_fast and dmc_vision_fast take the place of dmc_proprio and dmc_vision, and the block cpu (small network,'
+	@echo 'light batches) is added to others. NO_CPU_BLOCK=1 prevents it.'
 	@echo 'PYTHON=python3.12 chooses the interpreter of the virtual environment.'
 
 # Set-up. A stamp is newer than what it was made from, so what is done is not done again.
@@ -50,16 +51,20 @@ TASK ?=
 LOGDIR ?=
 ARGS ?=
 NO_CPU_BLOCK ?=
-# The block `cpu` goes behind the task's block, before a size that was asked for by name. These are small already.
-SMALL = cpu debug cues sound_small babyai_small exploration
-CPU_CONFIGS = $(filter-out size%,$(CONFIGS)) cpu $(filter size%,$(CONFIGS))
+# These are small already.
+SMALL = cpu debug cues sound_small babyai_small exploration dmc_proprio_fast dmc_vision_fast
+# These have a block that is made for a CPU, NAME_fast. To others the block `cpu` is added, before a size that was asked for by name.
+FAST = dmc_proprio dmc_vision
+SLOW = $(filter $(FAST),$(CONFIGS))
+CPU_CONFIGS = $(if $(SLOW),$(foreach name,$(CONFIGS),$(name)$(if $(filter $(FAST),$(name)),_fast)),$(filter-out size%,$(CONFIGS)) cpu $(filter size%,$(CONFIGS)))
+CPU_REMARK = $(if $(SLOW),$(SLOW:%=%_fast) takes the place of $(SLOW),the block cpu is added)
 WANTS_CPU = $(if $(NO_CPU_BLOCK)$(filter $(SMALL),$(CONFIGS)),,yes)
 
 train: setup ## set up, then train (the same command resumes)
 	@configs="$(CONFIGS)"; \
 	if [ -n "$(WANTS_CPU)" ] && ! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  configs="$(CPU_CONFIGS)"; \
-	  echo 'No CUDA: the block `cpu` (small network, lighter batch) is added. NO_CPU_BLOCK=1 leaves it out.'; \
+	  echo 'No CUDA: $(CPU_REMARK) (small network, light batches). NO_CPU_BLOCK=1 prevents it.'; \
 	fi; \
 	set -- $(BIN)/python dreamer.py --configs $$configs $(if $(TASK),--task "$(TASK)") $(if $(LOGDIR),--logdir "$(LOGDIR)") $(ARGS); \
 	export $(RENDER); \

@@ -55,6 +55,7 @@ CHOICES = {
     "decoder.vector_dist": ("symlog_mse", "mse", "normal"),
     "reward_head.dist": ("symexp_twohot", "symlog_disc", "symlog_mse", "mse", "normal"),
     "critic.dist": ("symexp_twohot", "symlog_disc", "symlog_mse", "mse", "normal"),
+    "*.rounding": ("exact", "fused"),
     "encoder.fusion": ("concat", "attention", "poe"),
     "*.audio_form": ("auto", "features", "spectrogram", "waveform"),
     "encoder.audio_front": ("spectrogram", "raw"),

@@ -309,13 +309,23 @@ class ScalarHead(nn.Module):
     Args:
         dist: symexp_twohot | symlog_disc (two-hot over `bins` bins), symlog_mse | mse | normal (one output).
         outscale: scale of the output layer's initial weights; 0 predicts exactly 0 at first.
+        rounding: exact | fused, of the two-hot mean; see `TwoHot`.
     """
 
     def __init__(
-        self, inputs: int, *, layers: int, units: int, dist: str, bins: int, outscale: float, act: str = "silu"
+        self,
+        inputs: int,
+        *,
+        layers: int,
+        units: int,
+        dist: str,
+        bins: int,
+        outscale: float,
+        rounding: str = "exact",
+        act: str = "silu",
     ):
         super().__init__()
-        self.dist = dist
+        self.dist, self.rounding = dist, rounding
         self.twohot = dist in ("symexp_twohot", "symlog_disc")
         self.mlp = MLP(inputs, units, layers, act)
         self.out = Linear(self.mlp.out_size, bins if self.twohot else 1, outscale)
@@ -326,7 +336,7 @@ class ScalarHead(nn.Module):
     def forward(self, feat: Float[Tensor, "*b feat"]) -> TwoHot | SquaredError | Normal:
         x = self.mlp(feat)
         if self.twohot:
-            return TwoHot(self.out.padded(x), self.bins, squash=self.dist == "symlog_disc")
+            return TwoHot(self.out.padded(x), self.bins, self.dist == "symlog_disc", self.rounding)
         out = self.out(x)
         if self.dist == "normal":
             return Normal(out.squeeze(-1), dims=0)

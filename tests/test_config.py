@@ -18,7 +18,8 @@ from config import ABSENT, Config, ConfigError, check_resume, difference, load, 
 
 ROOT = Path(configuration.__file__).parent
 BLOCKS = [f"size{size}m" for size in (1, 12, 25, 50, 100, 200, 400)]
-BLOCKS += ["defaults", "dmc_proprio", "dmc_vision", "atari100k", "crafter", "cpu", "debug"]
+BLOCKS += ["defaults", "dmc_proprio", "dmc_proprio_2024", "dmc_proprio_fast", "dmc_vision", "dmc_vision_fast"]
+BLOCKS += ["atari100k", "crafter", "cpu", "debug"]
 
 SMALL = """
 defaults:
@@ -544,11 +545,15 @@ def set_up(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "command"),
     [
-        ([], "--configs dmc_vision cpu"),
-        (["TASK=dmc_cartpole_swingup"], "--configs dmc_vision cpu --task dmc_cartpole_swingup"),
-        (["CONFIGS=dmc_proprio", "ARGS=--steps 1e5", "LOGDIR=a"], "--configs dmc_proprio cpu --logdir a --steps 1e5"),
-        (["CONFIGS=dmc_proprio size1m"], "--configs dmc_proprio cpu size1m"),
+        ([], "--configs dmc_vision_fast"),
+        (["TASK=dmc_cartpole_swingup"], "--configs dmc_vision_fast --task dmc_cartpole_swingup"),
+        (["CONFIGS=dmc_proprio", "ARGS=--steps 1e5", "LOGDIR=a"], "--configs dmc_proprio_fast --logdir a --steps 1e5"),
+        (["CONFIGS=dmc_proprio hierarchical"], "--configs dmc_proprio_fast hierarchical"),
+        (["CONFIGS=dmc_proprio size1m"], "--configs dmc_proprio_fast size1m"),
+        (["CONFIGS=dmc_proprio_2024"], "--configs dmc_proprio_2024 cpu"),
+        (["CONFIGS=atari100k size1m"], "--configs atari100k cpu size1m"),
         (["CONFIGS=cpu dmc_proprio"], "--configs cpu dmc_proprio"),
+        (["CONFIGS=dmc_vision_fast"], "--configs dmc_vision_fast"),
         (["CONFIGS=debug"], "--configs debug"),
         (["CONFIGS=exploration hierarchical pinpad"], "--configs exploration hierarchical pinpad"),
         (["NO_CPU_BLOCK=1"], "--configs dmc_vision"),
@@ -557,8 +562,14 @@ def set_up(tmp_path):
 def test_make_train_without_cuda(set_up, argv, command):
     output = set_up(*argv)
     assert f"RUN osmesa dreamer.py {command}\n" in output
-    added = "cpu" in command and not any("cpu" in word for word in argv)
-    assert ("No CUDA: the block `cpu`" in output) == added
+    asked = next((word.removeprefix("CONFIGS=") for word in argv if word.startswith("CONFIGS=")), "dmc_vision")
+    remark = None
+    if "_fast" in command and "_fast" not in asked:
+        asked = asked.split()[0]
+        remark = f"No CUDA: {asked}_fast takes the place of {asked} "
+    elif " cpu" in command and "cpu" not in asked:
+        remark = "No CUDA: the block cpu is added "
+    assert (remark in output) if remark else ("No CUDA" not in output)
 
 
 def test_make_knows_the_blocks_for_a_cpu():

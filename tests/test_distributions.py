@@ -112,6 +112,43 @@ def test_symmetric_logits_predict_exactly_zero(count, squash):
     assert (TwoHot(logits + logits.flip(-1), bins, squash).mode() == 0).all()
 
 
+def symmetric_logits() -> torch.Tensor:
+    """[5, 255]: four waves, mirrored, and all zeros."""
+    k, phase = np.arange(128), np.arange(4)[:, None]
+    half = 0.3 * np.sin((phase + 1) * k * 0.37 + phase)
+    return torch.tensor(np.concatenate([np.concatenate([half[:, :0:-1], half], 1), np.zeros((1, 255))]))
+
+
+def test_fused_rounding_is_that_of_xla():
+    # jax 0.4.33 on a CPU: jit of (p2 b2).sum() + ((p1 b1)[::-1] + p3 b3).sum(), whose exact value is 0. What is left of
+    # the tolerance is the order of the last sum.
+    expected = [-0.0853479356, -0.1810134053, 0.0797433481, 0.0284779202, -0.1752154529]
+    half = symexp(torch.linspace(-20, 0, 128))  # bins in float32 throughout, as there: noise depends on every last bit
+    found = TwoHot(symmetric_logits(), torch.cat([half, -half[:-1].flip(0)]), rounding="fused")
+    found.probs = torch.softmax(symmetric_logits(), -1).float()
+    np.testing.assert_allclose(found.mode(), expected, atol=2e-3)
+
+
+def test_fused_rounding_fades_as_the_outer_bins_lose_their_mass():
+    noise = []
+    for sharpness in (0.0, 0.5, 1.0):
+        logits = draw(200, 255, scale=0.1)
+        logits = logits + logits.flip(-1) - sharpness * torch.linspace(-127, 127, 255).abs()
+        exact, fused = (TwoHot(logits, symexp_bins(255), rounding=kind).mode() for kind in ("exact", "fused"))
+        assert (exact == 0).all()
+        noise.append(fused.std().item())
+    assert 0.05 < noise[0] < 0.2 and noise[1] < 1e-3 and noise[2] < 1e-5
+
+
+def test_fused_rounding_leaves_the_gradient_as_it_is():
+    gradients = []
+    for kind in ("exact", "fused"):
+        logits = draw(3, 255).requires_grad_()
+        TwoHot(logits, symexp_bins(255), rounding=kind).mode().sum().backward()
+        gradients.append(logits.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5 * gradients[0].abs().max().item())
+
+
 def test_two_hot_mode_is_the_expected_bin():
     logits, bins = draw(9, 255, scale=0.5), symexp_bins(255, limit=5.0)
     expected = torch.softmax(logits.double(), -1) @ bins.double()

@@ -776,6 +776,7 @@ OPTIONS = [
     "--critic.slow_regularizer 0",
     "--encoder.symlog false --*.act elu",
     "--encoder.cnn_keys $^ --decoder.cnn_keys $^",
+    "--*.rounding fused",
 ]
 # Where gradient flows through actions, both kinds of action; elsewhere they take turns.
 CASES = [

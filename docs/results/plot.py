@@ -1,9 +1,10 @@
-"""Draw learning curves of runs beside the paper's: a PNG.
+"""Draw learning curves of runs beside published ones: a PNG.
 
     python docs/results/plot.py --suite dmc_proprio --task dmc_cartpole_balance --out curve.png logdir/a logdir/b
 
-Each LOGDIR is one seed; its `metrics.jsonl` is read. Without a --suite only the runs are drawn. The paper's curves show
-returns of training episodes: `episode/return`, the default of --metric.
+Each LOGDIR is one seed; its `metrics.jsonl` is read. Without a --suite only the runs are drawn. Published curves show
+returns of training episodes: `episode/return`, the default of --metric. The legend says which agent made them: that of
+2023 (the preprint) or that of 2024 (the Nature paper).
 """
 
 import argparse
@@ -29,14 +30,15 @@ def read_run(logdir: Path, metric: str) -> tuple[list[int], list[float]]:
     return tuple(zip(*points, strict=True))
 
 
-def read_paper(suite: str, task: str) -> list[dict[str, float]]:
+def read_paper(suite: str, task: str) -> list[dict]:
+    """Rows of a published curve: `agent` (2023 or 2024), `env_steps` (frames), `mean`, `std`, `seeds`."""
     with PAPER.open() as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
     found = [row for row in rows if (row["suite"], row["task"]) == (suite, task)]
     if not found:
         tasks = sorted({row["task"] for row in rows if row["suite"] == suite})
-        raise SystemExit(f"The paper has no {task} in {suite}. {'Tasks: ' + ', '.join(tasks) if tasks else ''}")
-    return [{key: float(row[key]) for key in ("env_steps", "mean", "std")} for row in found]
+        raise SystemExit(f"No curve of {task} in {suite} is published. {'Tasks: ' + ', '.join(tasks) if tasks else ''}")
+    return [row | {key: float(row[key]) for key in ("env_steps", "mean", "std")} for row in found]
 
 
 def main() -> None:
@@ -58,8 +60,9 @@ def main() -> None:
         rows = [row for row in read_paper(args.suite, args.task) if row["env_steps"] <= 1.25 * last + 10_000]
         frames, mean, std = ([row[key] for row in rows] for key in ("env_steps", "mean", "std"))
         low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
-        axes.plot(frames, mean, color="black", label="paper: mean of 5 seeds")
-        axes.fill_between(frames, low, high, color="black", alpha=0.15, label="paper: ± one standard deviation")
+        name = f"published, agent of {rows[0]['agent']}, {rows[0]['seeds']} seeds"
+        axes.plot(frames, mean, color="black", label=f"{name}: mean")
+        axes.fill_between(frames, low, high, color="black", alpha=0.15, label="± one standard deviation")
     axes.set(
         xlabel="environment steps (frames)", ylabel=", ".join(args.metric).replace("episode/", ""), title=args.task
     )
