@@ -22,10 +22,11 @@ def main() -> None:
     parser.add_argument("--from", dest="start", type=int, default=0, help="first frame")
     parser.add_argument("--frames", type=int, default=8, help="frames to show")
     parser.add_argument("--every", type=int, default=8, help="show every so many frames")
+    parser.add_argument("--height", type=int, default=160, help="of a frame, in pixels")
     parser.add_argument("--fps", type=float, default=20.0, help="of a GIF")
     args = parser.parse_args()
     wanted = range(args.start, args.start + args.frames * args.every, args.every)
-    films = [pick(path, wanted) for path in args.films]
+    films = [resized(pick(path, wanted), args.height) for path in args.films]
     if args.out.suffix == ".gif":
         if len(films) > 1:
             parser.error("a GIF shows one film")
@@ -45,6 +46,13 @@ def pick(path: Path, wanted: range) -> np.ndarray:
             raise SystemExit(f"{path} has {len(frames)} frames; --from, --frames and --every ask for {wanted[-1] + 1}.")
         frames.append(frame[..., ::-1])
     return np.stack([frames[index] for index in wanted])
+
+
+def resized(frames: np.ndarray, height: int) -> np.ndarray:
+    """Frames [n, height, width, 3]; small ones keep hard edges."""
+    method = Image.Resampling.NEAREST if height > frames.shape[1] else Image.Resampling.LANCZOS
+    size = round(frames.shape[2] * height / frames.shape[1]), height
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size, method)) for frame in frames])
 
 
 if __name__ == "__main__":

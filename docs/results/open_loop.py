@@ -45,11 +45,13 @@ def main() -> None:
         capacity=100_000, length=args.steps, seed=args.seed, latent=latent,
     )  # fmt: skip
     batch = replay.sample(args.windows)
-    predicted = agent.world_model.predict(agent.to_device({**batch, "context": batch.context}), args.context)
-    film = open_loop_video(batch["image"], predicted["image"].numpy(), args.context)
+    tensors = agent.to_device({**batch, "context": batch.context})
+    truth, predicted = agent.world_model.decoder.targets(tensors), agent.world_model.predict(tensors, args.context)
+    film = open_loop_video(truth["image"].numpy(), predicted["image"].numpy(), args.context)
     frames = [np.concatenate(list(column[:: args.every]), 1) for column in np.split(film, args.windows, 2)]
     picture = Image.fromarray(np.concatenate(frames, 0))
-    picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(args.out)
+    scale = max(1, round(128 / batch["image"].shape[-2]))
+    picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST).save(args.out)
     print(args.out)
 
 
