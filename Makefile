@@ -51,9 +51,9 @@ TASK ?=
 LOGDIR ?=
 ARGS ?=
 NO_CPU_BLOCK ?=
-# These are small already.
+# Blocks that are small already. For a CPU they stay as they are.
 SMALL = cpu debug cues sound_small babyai_small exploration dmc_proprio_fast dmc_vision_fast
-# These have a block that is made for a CPU, NAME_fast. To others the block `cpu` is added, before a size that was asked for by name.
+# Blocks that have a sibling made for a CPU, NAME_fast, which takes their place. To others the block `cpu` is added, before a size that was asked for by name.
 FAST = dmc_proprio dmc_vision
 SLOW = $(filter $(FAST),$(CONFIGS))
 CPU_CONFIGS = $(if $(SLOW),$(foreach name,$(CONFIGS),$(name)$(if $(filter $(FAST),$(name)),_fast)),$(filter-out size%,$(CONFIGS)) cpu $(filter size%,$(CONFIGS)))
