@@ -95,7 +95,8 @@ class Dreamer(nn.Module):
                 raise UserError("expl_behavior: diayn's skills and a hierarchy's goals exclude each other.")
             if config.imag_gradient != "reinforce":
                 raise UserError(
-                    f"behavior: hierarchical goes by reinforce or ppo; imag_gradient is {config.imag_gradient}."
+                    f"behavior: hierarchical goes by reinforce or ppo; imag_gradient is {config.imag_gradient}: "
+                    "give --imag_gradient reinforce."
                 )
             unused = ("imag_gradient", "imag_gradient_mix")
             own = {key: value for key, value in options.items() if key not in unused}

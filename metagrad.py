@@ -54,10 +54,10 @@ class OneStep:
     ):
         flat = isinstance(behavior, ImagBehavior)
         if not flat or behavior.ppo or behavior.dynamics_share:
-            found = "actor_objective: ppo" if flat and behavior.ppo else "gradients through the model"
+            found = "actor_objective: ppo" if flat and behavior.ppo else "imag_gradient: dynamics or both"
             raise UserError(
                 f"metagrad: one_step found {found if flat else 'behavior: hierarchical'}, expected actor_critic by "
-                "REINFORCE; --metagrad hypergradient goes with all."
+                "REINFORCE (--imag_gradient reinforce); --metagrad hypergradient goes with all."
             )
         own = [name for name, stream in behavior.streams.items() if stream.discount != behavior.discount]
         if own:

@@ -398,7 +398,8 @@ class ImagBehavior(Behavior):
             )
         if actor_objective == "ppo" and imag_gradient != "reinforce":
             raise UserError(
-                f"actor_objective: ppo scores actions by their probability; imag_gradient is {imag_gradient}."
+                f"actor_objective: ppo scores actions by their probability; imag_gradient is {imag_gradient}: "
+                "give --imag_gradient reinforce."
             )
         self.ppo, self.rollouts = actor_objective == "ppo", []
         self.weight_discount = self.discount  # what later states count less by in all losses

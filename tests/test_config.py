@@ -77,6 +77,14 @@ def test_every_block_loads(block):
     assert set(config.flat()) == set(load([]).flat())
 
 
+def test_hierarchical_goes_with_every_block():
+    """It has what a hierarchy needs, whatever gradient and objective the block before it has."""
+    for block in BLOCKS:
+        config = load(["--configs", block, "hierarchical"])
+        assert (config.imag_gradient, config.actor_objective) == ("reinforce", "ppo"), block
+        assert config.imag_horizon % config.hier.every == 0, block
+
+
 def test_blocks_stack_in_order():
     assert load(["--configs", "cpu", "size12m"]).dyn.deter == 2048
     assert load(["--configs", "size12m", "cpu"]).dyn.deter == 512
