@@ -385,7 +385,7 @@ def test_a_checkpoint_brings_it_back():
 def test_mistakes_are_told():
     with pytest.raises(UserError, match="multiple of hier.every"):
         make_agent(*HIERARCHY, "--imag_horizon", "7")
-    with pytest.raises(UserError, match="imag_gradient is dynamics"):
+    with pytest.raises(UserError, match="imag_gradient is dynamics: give --imag_gradient reinforce"):
         make_agent(*HIERARCHY, "--actor_objective", "reinforce", "--imag_gradient", "dynamics")
     with pytest.raises(UserError, match="exclude each other"):
         make_agent(*HIERARCHY, "--expl_behavior", "diayn")

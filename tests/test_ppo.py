@@ -193,7 +193,7 @@ def test_a_checkpoint_brings_it_back():
 
 
 def test_gradients_through_the_model_do_not_go_with_it():
-    with pytest.raises(UserError, match="imag_gradient is dynamics"):
+    with pytest.raises(UserError, match="imag_gradient is dynamics: give --imag_gradient reinforce"):
         make_agent(*PPO, "--imag_gradient", "dynamics")
 
 

@@ -16,12 +16,18 @@ import tools
 RESULTS = Path(configuration.__file__).parent / "docs/results"
 
 
-def run(script: str, *argv) -> None:
-    spec = importlib.util.spec_from_file_location(f"results_{script}", RESULTS / f"{script}.py")
+def script(name: str):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(f"results_{name}", RESULTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def run(name: str, *argv) -> None:
+    module = script(name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *map(str, argv)])
+        patch.setattr(sys, "argv", [name, *map(str, argv)])
         module.main()
 
 
@@ -77,10 +83,18 @@ def test_published_curves_say_which_agent_made_them():
     }
     assert agents == {"dmc_proprio": {"2023"}, "dmc_vision": {"2024"}, "atari100k": {"2024"}}
     pytest.importorskip("matplotlib", reason="matplotlib draws the curves (requirements/docs.txt)")
-    spec = importlib.util.spec_from_file_location("results_plot", RESULTS / "plot.py")
-    plot = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plot)
+    plot = script("plot")
     curve = plot.read_paper("dmc_vision", "dmc_finger_spin")
     assert curve[1]["agent"] == "2024" and (curve[1]["env_steps"], round(curve[1]["mean"])) == (40_000, 349)
     with pytest.raises(SystemExit, match="No curve of dmc_nothing"):
         plot.read_paper("dmc_vision", "dmc_nothing")
+
+
+def test_a_curve_tells_what_it_was_trained_with(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib draws the curves (requirements/docs.txt)")
+    plot = script("plot")
+    assert plot.settings(tmp_path) == ""
+    configuration.load(["--configs", "dmc_proprio_2024", "--envs", "3", "--seed", "7"]).save(tmp_path / "config.yaml")
+    assert plot.settings(tmp_path) == (
+        "deter 2048, 256 units, ratio 512, windows 16 x 64, action repeat 2, 3 environments, seed 7"
+    )
