@@ -414,7 +414,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     """One YAML document that is a mapping with text keys; anything else is a ConfigError that says where."""
     text = ""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte-order mark
         content = YAML(typ="safe").load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None

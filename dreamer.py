@@ -13,11 +13,11 @@ if __name__ == "__main__":  # before torch is imported, so that --help and typin
 
     CONFIG = configuration.main_load()
 
-import fcntl
 import functools
 import logging
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -30,7 +30,7 @@ import execution
 import ppo
 import tools
 from config import Config, check_resume, resolve_paths
-from envs import make_env
+from envs import env_seed, make_env
 from episodes import infer_spaces
 from errors import UserError
 from exploration import Random, make_explorer, task_rewards
@@ -47,6 +47,7 @@ from replay import Replay, ReplayError
 from storage import DeviceRows, HostRows
 
 log = logging.getLogger("dreamer")
+OWN_METRICS = {"return", "return_std", "length", "episode"}  # of episodes and evaluations
 USER_ERRORS = (UserError, ReplayError, EnvError)  # what the user can mend: shown as one line
 
 
@@ -433,20 +434,27 @@ class Trainer:
     """
 
     def __init__(self, config: Config, modalities: Mapping[str, ModalityConfig] | None = None):
-        self.config = config = resolve_paths(config)
-        self.logdir = Path(config.logdir)
-        self._claim_logdir()
-        self.device = tools.pick_device(config.device)
-        self.envs, self.eval_envs = None, None
+        self.config = resolve_paths(config)
+        self.logdir = Path(self.config.logdir)
+        self.envs, self.eval_envs, self.locks = None, None, []
         try:
-            self.obs_space, self.act_space = self._make_envs()
-            self.agent = Dreamer(self.obs_space, self.act_space, config, self.device, modalities)
-            self.random = Random(self.act_space, seed=config.seed + 2)
-            self.replay = self._make_replay()
-            self.eval_replay = self._make_eval_replay()
-        except BaseException:
+            self._build(modalities)
+        except BaseException:  # a notebook goes on: the folders must be free again
             self.close()
             raise
+
+    # Building
+
+    def _build(self, modalities: Mapping[str, ModalityConfig] | None) -> None:
+        config = self.config
+        self._lock_folders()
+        self._compare_config()
+        self.device = tools.pick_device(config.device)
+        self.obs_space, self.act_space = self._make_envs()
+        self.agent = Dreamer(self.obs_space, self.act_space, config, self.device, modalities)
+        self.random = Random(self.act_space, seed=config.seed + 2)
+        self.replay = self._make_replay()
+        self.eval_replay = self._make_eval_replay()
         self.updates, self.episodes, self.saved_at = 0, 0, 0
         # Agent steps from which updates are owed; what an earlier session stored counts from the end of the prefill.
         self.train_start = config.prefill if self.replay.steps >= config.prefill else None
@@ -465,17 +473,18 @@ class Trainer:
         )
         self._introduce(resumed)
 
-    # Building
+    def _lock_folders(self) -> None:
+        """The logdir and every folder that the run writes pieces to belong to one process at a time."""
+        folders = [self.logdir]
+        if not self.offline:
+            folders.append(Path(self.config.traindir))
+        if self.evaluates and not self.config.offline_evaldir:
+            folders.append(Path(self.config.evaldir))
+        for folder in dict.fromkeys(folder.resolve() for folder in folders):
+            self.locks.append(tools.lock_folder(folder))
 
-    def _claim_logdir(self) -> None:
+    def _compare_config(self) -> None:
         """A logdir belongs to one configuration: a differing one is an error that says what differs, unless `force`."""
-        with disk_errors(self.logdir / ".lock"):
-            self.logdir.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.logdir / ".lock").open("w")  # held until the process ends, however it ends
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"Another process is training in {self.logdir}: stop it, or use another --logdir") from None
         saved = self.logdir / "config.yaml"
         begun = (self.logdir / "latest.pt").exists() or any(Path(self.config.traindir).glob("*.npz"))
         if saved.exists() and begun and not self.config.force:
@@ -875,7 +884,9 @@ class Trainer:
                 envs.close()
         if hasattr(self, "logger"):
             self.logger.close()
-        self.lock.close()
+        for lock in self.locks:
+            lock.close()
+        self.locks = []
 
 
 DreamerV3Trainer = Trainer
@@ -895,7 +906,8 @@ def load_run(path: str | Path) -> dict:
 
 def make_envs(config: Config, mode: str, count: int) -> VectorEnv:
     """`count` environments side by side; `mode` is train or eval."""
-    return make_vector([functools.partial(make_env, config, mode, index) for index in range(count)], config.parallel)
+    fns = [functools.partial(make_env, config, mode, index) for index in range(count)]
+    return make_vector(fns, config.parallel, seeds=[env_seed(config.seed, mode, index) for index in range(count)])
 
 
 def play(
@@ -918,13 +930,14 @@ def play(
     obs, state = envs.reset(), agent.initial(envs.num)
     total, length, frames = np.zeros(envs.num), np.zeros(envs.num, int), []
     returns, lengths, entries = [], [], {}
-    filming = film
+    filming, patience = film, Patience()
     while (quota > 0).any() and not stop():
+        patience.check(returns)
         action, state = agent.policy(obs, state, sample, generator)
         if on_step:
             on_step(obs, action)
         if filming:
-            frame = obs["image"][0] if "image" in obs and obs["image"].shape[-1] in (1, 3) else envs.render(0)
+            frame = obs["image"][0] if is_frame(obs.get("image")) else envs.render(0)
             filming = frame is not None
             if filming:
                 frames.append(np.array(frame))
@@ -943,6 +956,28 @@ def play(
     return returns, lengths, entries, np.stack(frames) if frames else None
 
 
+def is_frame(images: np.ndarray | None) -> bool:
+    """Whether observations [E, ...] called `image` are what a film can show."""
+    return images is not None and images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] in (1, 3)
+
+
+class Patience:
+    """Says once that evaluation episodes do not end, which may be meant or not."""
+
+    def __init__(self, steps: int = 2_000, seconds: float = 15.0):
+        self.steps, self.seconds, self.taken, self.started = steps, seconds, 0, time.monotonic()
+
+    def check(self, ended: list) -> None:
+        """To be called once per step; `ended` grows by every episode that ends."""
+        self.taken += 1
+        if self.taken >= self.steps and not ended and time.monotonic() - self.started > self.seconds:
+            self.steps = math.inf
+            log.warning(
+                f"No episode of this evaluation has ended after {self.taken:,} steps. If the task does not end "
+                "episodes itself, give --time_limit FRAMES, or --eval_every 0 to train without evaluations."
+            )
+
+
 def _check_finite(obs: dict[str, np.ndarray], action: np.ndarray) -> None:
     """For steps that are not stored: the replay checks those that are."""
     for key, value in obs.items():
@@ -951,9 +986,12 @@ def _check_finite(obs: dict[str, np.ndarray], action: np.ndarray) -> None:
 
 
 def logged(obs: dict[str, np.ndarray], env: int) -> dict[str, float]:
-    """The numbers that the environment wants logged at this step (`log_*`), without the prefix."""
-    found = {key[len("log_") :]: value[env] for key, value in obs.items() if key.startswith("log_")}
-    return {name: float(value) for name, value in found.items() if value.size == 1 and not np.isnan(value)}
+    """The numbers that the environment wants logged at this step (`log_*`), without the prefix unless a metric of the
+    run has that name.
+    """
+    found = {key: value[env] for key, value in obs.items() if key.startswith("log_")}
+    found = {key: float(value) for key, value in found.items() if value.size == 1 and not np.isnan(value)}
+    return {key if key[4:] in OWN_METRICS else key[4:]: value for key, value in found.items()}
 
 
 def evaluate_checkpoint(config: Config, modalities: Mapping[str, ModalityConfig] | None = None) -> None:
@@ -1033,6 +1071,7 @@ def prepare(config: Config) -> None:
     tools.seed_everything(config.seed)
     tools.set_threads(config.threads)
     tools.keep_freed_memory()
+    tools.allow_many_files()
     if config.deterministic_run:
         tools.enable_deterministic_run()
 
@@ -1062,8 +1101,8 @@ def guarded(function: Callable, *args, advice: str = "") -> int:
     except USER_ERRORS as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
-    except (RuntimeError, MemoryError) as error:
-        found = tools.out_of_memory_help(error)
+    except (RuntimeError, MemoryError, OSError) as error:
+        found = tools.too_many_files_help(error) or tools.out_of_memory_help(error)
         if found is None:
             raise
         print(f"Error: {found} {advice}".rstrip(), file=sys.stderr)

@@ -9,9 +9,11 @@ The three backends give the same batches, in the order of the environments. Work
 
 import atexit
 import contextlib
+import logging
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import sys
 import threading
@@ -39,11 +41,14 @@ class EnvError(RuntimeError):
         self.index = index
 
 
-def make_vector(fns, backend: str = "process") -> "VectorEnv":
+def make_vector(fns, backend: str = "process", seeds=None) -> "VectorEnv":
     """Runs the environments that `fns` (functions without arguments) create, all with the same spaces.
 
     backend: 'process' (each spawned; the functions must be picklable, by cloudpickle where it is installed), 'thread',
-    or 'serial'. Errors: envs.TaskError as an environment raised it while being made; EnvError for anything else.
+    or 'serial'. seeds: of each worker process's global generators (`random`, `numpy.random`). Threads and this process
+    have one of each, which all environments share.
+
+    Errors: envs.TaskError as an environment raised it while being made; EnvError for anything else.
     """
     backends = {"process": ProcessVector, "thread": ThreadVector, "serial": SerialVector}
     if backend not in backends:
@@ -51,6 +56,8 @@ def make_vector(fns, backend: str = "process") -> "VectorEnv":
     fns = list(fns)
     if not fns:
         raise ValueError("make_vector was given no environments, expected at least one.")
+    if backend == "process":
+        return ProcessVector(fns, seeds)
     return backends[backend](fns)
 
 
@@ -340,14 +347,14 @@ class ProcessVector(VectorEnv):
     `render` through a pipe. A process that dies is noticed because its end of the pipe closes.
     """
 
-    def __init__(self, fns):
+    def __init__(self, fns, seeds=None):
         super().__init__(len(fns))
         self._pipes, self._processes = [], []
         self._memory, self._named = None, True
         try:
             factories = envs.registered()
             for index, fn in enumerate(fns):
-                self._start(index, fn, factories)
+                self._start(index, fn, factories, None if seeds is None else seeds[index])
             self._doing = "its creation"
             self._set_spaces([self._receive_from(i) for i in range(self.num)])
             self._share_memory()
@@ -355,9 +362,9 @@ class ProcessVector(VectorEnv):
             self.close()
             raise
 
-    def _start(self, index, fn, factories):
+    def _start(self, index, fn, factories, seed):
         try:
-            payload = envs.dumps((factories, fn))
+            payload = envs.dumps((factories, fn, seed))
         except Exception as error:
             raise EnvError(
                 f"environment {index}: its function cannot be pickled for a worker process ({error}): "
@@ -366,7 +373,8 @@ class ProcessVector(VectorEnv):
             ) from error
         ours, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
-        process = context.Process(target=_work, args=(index, theirs, payload), name=f"env-{index}", daemon=True)
+        # Not daemonic: a daemon may not have children, and simulators often are some. `_close_all` ends it.
+        process = context.Process(target=_work, args=(index, theirs, payload), name=f"env-{index}", daemon=False)
         with _bare_start():
             process.start()
         theirs.close()  # so that the worker holds the only copy, and its death closes the pipe
@@ -403,6 +411,9 @@ class ProcessVector(VectorEnv):
     def _receive_from(self, index):
         try:
             kind, content = self._pipes[index].recv()
+            while kind == "log":
+                logging.getLogger(content[0]).log(*content[1:])
+                kind, content = self._pipes[index].recv()
         except (EOFError, OSError):
             raise self._death(index) from None
         if kind == "task error":
@@ -434,12 +445,14 @@ class ProcessVector(VectorEnv):
             with contextlib.suppress(OSError):
                 pipe.send("close")
         deadline = time.monotonic() + GRACE
+        groups = [process.pid for process in self._processes]
         for process in self._processes:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.exitcode is None:
                 process.kill()
                 process.join()
             process.close()
+        _end_groups(groups)
         for pipe in self._pipes:
             pipe.close()
         if self._memory is not None:
@@ -448,12 +461,33 @@ class ProcessVector(VectorEnv):
                 self._memory.unlink()
 
 
+def _end_groups(groups):
+    """Ends what workers have started and left behind: each leads a process group, which its children belong to."""
+    left = [group for group in groups if _signal_group(group, signal.SIGTERM)]
+    deadline = time.monotonic() + 1
+    while left and time.monotonic() < deadline:
+        time.sleep(0.01)
+        left = [group for group in left if _signal_group(group, 0)]
+    for group in left:
+        _signal_group(group, signal.SIGKILL)
+
+
+def _signal_group(group, number):
+    """Whether there was anyone to receive it."""
+    try:
+        os.killpg(group, number)
+    except (AttributeError, ProcessLookupError, PermissionError):  # not on Windows; nothing left; nothing of ours
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def _bare_start():
     """A spawned process imports the program's main module, and torch with it: seconds and hundreds of megabytes per
     worker. What it needs comes by value (cloudpickle), so the main module is out of sight while it starts.
 
-    SIGINT is blocked meanwhile, and so for the worker's whole life: Ctrl-C is for the parent, even during start-up.
+    SIGINT is blocked meanwhile, and in the worker until it has handlers of its own: Ctrl-C is for the parent, even
+    during start-up.
     """
     main = sys.modules["__main__"]
     hide = _has_cloudpickle()
@@ -479,14 +513,17 @@ def _has_cloudpickle():
 
 def _work(index, pipe, payload):
     """The life of a worker process."""
-    # The parent decides when to stop; a signal to the whole group (Ctrl-C, a job scheduler's SIGTERM) would otherwise
-    # take the environments away while it is still saving.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _stay_when_told()
+    pipe = _Pipe(pipe)
+    logging.getLogger().addHandler(_ToParent(pipe))
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     env = memory = runner = None
+    orphaned = False
     try:
-        factories, fn = pickle.loads(payload)
+        factories, fn, seed = pickle.loads(payload)
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed)
         envs.restore_registered(factories)
         env = fn()
         runner = _Runner(env)
@@ -502,7 +539,7 @@ def _work(index, pipe, payload):
             else:
                 pipe.send(("logs", runner.run(command)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent is gone
+        orphaned = True
     except UserError as error:
         _report(pipe, "task error", str(error))
     except BaseException:
@@ -513,6 +550,47 @@ def _work(index, pipe, payload):
         if memory is not None:
             runner.detach()
             memory.close()
+        if orphaned:
+            _end_own_group()
+
+
+def _stay_when_told():
+    """The parent decides when to stop: a signal to all processes (Ctrl-C, a job scheduler's SIGTERM) would otherwise
+    take the environments away while it is still saving.
+
+    Handlers, not SIG_IGN and no mask: those would pass on to every program that the environment starts, which could
+    then not be ended. A group of its own keeps Ctrl-C from these programs, and lets all of them be ended.
+    """
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+class _Pipe:
+    """A worker's end of the pipe. Several threads may send: an environment may log from any."""
+
+    def __init__(self, pipe):
+        self._pipe, self._lock = pipe, threading.Lock()
+        self.recv = pipe.recv
+
+    def send(self, message):
+        with self._lock:
+            self._pipe.send(message)
+
+
+class _ToParent(logging.Handler):
+    """Hands a worker's log on to the parent's."""
+
+    def __init__(self, pipe):
+        super().__init__()
+        self._pipe = pipe
+
+    def emit(self, record):
+        with contextlib.suppress(OSError):
+            self._pipe.send(("log", (record.name, record.levelno, "%s", self.format(record))))
 
 
 def _report(pipe, kind, text):
@@ -521,6 +599,13 @@ def _report(pipe, kind, text):
 
 
 def _exit_with_parent():
-    """Ends this process with its parent even in the middle of a long step."""
+    """Ends this process with its parent even in the middle of a long step, and what it has started."""
     multiprocessing.parent_process().join()
+    time.sleep(GRACE)  # for an environment that can be closed in the ordinary way
+    _end_own_group()
     os._exit(1)
+
+
+def _end_own_group():
+    if hasattr(os, "killpg") and os.getpgid(0) == os.getpid():
+        os.killpg(0, signal.SIGKILL)

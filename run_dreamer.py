@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 def read(path: str) -> dict:
     """A JSON file's settings by their dotted names."""
     try:
-        settings = json.loads(Path(path).read_text())
+        settings = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # with or without a byte-order mark
     except (OSError, ValueError) as error:
         raise UserError(f"--config {path}: {error}; expected a JSON object of settings.") from error
     if not isinstance(settings, dict):

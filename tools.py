@@ -5,11 +5,15 @@ python tools.py logdir/latest.pt      # what is in a checkpoint
 
 import contextlib
 import ctypes
+import errno
+import fcntl
+import io
 import logging
 import math
 import os
 import pickle
 import random
+import resource
 import signal
 import sys
 import threading
@@ -24,7 +28,7 @@ from torch import nn
 
 from episodes import sample_episodes
 from errors import UserError
-from logger import Logger, Progress, atomic_write, format_duration, human, save_mp4, setup_logging
+from logger import Logger, Progress, atomic_write, disk_errors, format_duration, human, save_mp4, setup_logging
 from replay import Replay
 
 __all__ = [
@@ -35,12 +39,14 @@ __all__ = [
     "Replay",
     "Shutdown",
     "UserError",
+    "allow_many_files",
     "atomic_write",
     "describe_checkpoint",
     "enable_deterministic_run",
     "format_duration",
     "human",
     "load_checkpoint",
+    "lock_folder",
     "out_of_memory_help",
     "parameter_table",
     "pick_device",
@@ -317,6 +323,27 @@ class Shutdown:
             os.write(2, b"\nsaving, press Ctrl-C again to stop at once\n")
 
 
+def lock_folder(folder: Path) -> io.TextIOBase:
+    """Claims a folder for this process, until the returned file is closed or the process ends, however it ends.
+
+    Errors: UserError if another process has it, or for a folder that cannot be written. On a file system without locks
+    it warns.
+    """
+    path = folder / ".lock"
+    with disk_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Never through a symbolic link: the file that it names would be another's.
+        lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644), "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(f"Another process is training in {folder}: stop it, or use another --logdir") from None
+    except OSError as error:
+        log.warning(f"{folder} is on a file system without locks ({error.strerror}): start no second run there.")
+    return lock
+
+
 # Devices and sizes
 
 
@@ -359,6 +386,23 @@ def out_of_memory_help(error: BaseException) -> str | None:
     return (
         f"{reason}. Make one of these smaller: batch_size, batch_length, imag_horizon, envs{data}, or the network "
         f"(a block such as --configs ... size12m); or --precision bfloat16, --checkpointing true{frames}."
+    )
+
+
+def allow_many_files() -> None:
+    """Raises this process's limit of open files as far as the system lets it: every environment process takes a few."""
+    with contextlib.suppress(OSError, ValueError):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def too_many_files_help(error: BaseException) -> str | None:
+    """One line on what to do where `error` is a lack of open files, otherwise None."""
+    if getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE):
+        return None
+    return (
+        f"Too many open files; the limit is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}. Raise it (ulimit -n 4096) "
+        "or lower envs and eval_envs (or use --parallel thread): every environment process takes a few."
     )
 
 

@@ -3,28 +3,33 @@
 Nothing here imports torch, so that worker processes start fast; a suite's package is imported when a task needs it.
 """
 
+import dataclasses
 import difflib
 import importlib
 import inspect
+import logging
 import os
 import pickle
 import sys
 
+import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from . import gym_env
 from .gym_env import GymEnv
 from .text import TokenizeText
 from .wrappers import (
     ActionRepeat,
     AddAudio,
-    CheckSpaces,
-    ConvertTypes,
+    CheckSteps,
+    CheckTypes,
     Env,
+    Exclusive,
+    Frames,
     MultiOneHotAction,
     NormalizeAction,
     OneHotAction,
-    ResizeImage,
     TaskError,
     TimeLimit,
     action_size,
@@ -42,11 +47,15 @@ __all__ = [
     "transition",
 ]
 
+log = logging.getLogger(__name__)
+
 MODES = ("train", "eval")
 # First word of a task -> module with `load(config, mode, name, seed)`.
 SUITES = {"dmc": "dmc", "gym": "gym_env", "atari": "atari", "crafter": "crafter"}
 SUITES |= {"babyai": "babyai", "cue": "cues", "grid": "grid", "pinpad": "pinpad", "sound": "sound"}
 ARGUMENTS = ("config", "mode", "index")
+# Modules of gymnasium's ids that come with an installed package.
+PACKAGED = ("gymnasium.", "ale_py", "shimmy", "minigrid")
 
 _registry = {}  # name -> factory, or its pickle in a worker process
 
@@ -80,12 +89,11 @@ def make_env(config, mode: str = "train", index: int = 0) -> Env:
         # MuJoCo picks a windowed renderer unless told; without a screen that fails, EGL renders on GPU and CPU alike.
         os.environ.setdefault("MUJOCO_GL", "egl")
     seed = env_seed(config.seed, mode, index)
-    env = _create(config, mode, index, seed)
+    env = Exclusive(_create(config, mode, index, seed), config.task)
     try:
-        return _wrap(env, config, seed)
+        return _wrap(env, config, seed, speaks=mode == "train" and index == 0)
     except Exception:
-        if hasattr(env, "close"):
-            env.close()
+        env.close()
         raise
 
 
@@ -96,12 +104,13 @@ def env_seed(seed: int, mode: str, index: int) -> int:
 
 
 def registered() -> dict[str, bytes]:
-    """The registered factories for another process, which calls `restore_registered` with them.
+    """The registered factories for another process, which calls `restore_registered` with them; also what this program
+    has registered with gymnasium itself, as `gym_<id>`.
 
     A factory that cannot be pickled is left out; the other process then says so if a task needs it.
     """
     result = {}
-    for name, factory in _registry.items():
+    for name, factory in {**_gymnasium_specs(), **_registry}.items():
         try:
             result[name] = factory if isinstance(factory, bytes) else dumps(factory)
         except Exception as error:
@@ -112,6 +121,30 @@ def registered() -> dict[str, bytes]:
 def restore_registered(factories: dict[str, bytes]) -> None:
     """Registers what `registered` gave in another process; each is unpickled when a task needs it."""
     _registry.update(factories)
+
+
+def _gymnasium_specs():
+    """task -> factory of the ids that no package registers when it is imported, so that another process lacks them."""
+    main = sys.modules["__main__"]
+    own = {}
+    for name, spec in gymnasium.registry.items():
+        entry = spec.entry_point
+        if isinstance(entry, str) and entry.startswith("__main__:"):
+            entry = getattr(main, entry.partition(":")[2], entry)
+        if callable(entry) or (isinstance(entry, str) and not entry.startswith(PACKAGED)):
+            own[f"gym_{name}"] = _FromSpec(dataclasses.replace(spec, entry_point=entry))
+    return own
+
+
+class _FromSpec:
+    """A factory: `gym_env.load` of an id that is registered first."""
+
+    def __init__(self, spec):
+        self._spec = spec
+
+    def __call__(self, config, mode, index):
+        gymnasium.registry.setdefault(self._spec.id, self._spec)
+        return gym_env.load(config, mode, self._spec.id, env_seed(config.seed, mode, index))
 
 
 def dumps(value) -> bytes:
@@ -188,7 +221,7 @@ def _adapt(env, seed, name):
     )
 
 
-def _wrap(env, config, seed):
+def _wrap(env, config, seed, speaks):
     if getattr(env, "action_repeat", 1) != config.action_repeat:
         env = ActionRepeat(env, config.action_repeat)
     limit = config.time_limit or getattr(env, "time_limit", 0)
@@ -198,8 +231,10 @@ def _wrap(env, config, seed):
         env = TokenizeText(env, **config.text)
     if config.audio_dim:
         env = AddAudio(env, config.audio_dim, config.audio_noise_std, seed)
-    env = ResizeImage(ConvertTypes(env), config.image_size)
-    return CheckSpaces(_wrap_action(env, config.task), config.task)
+    env = Frames(CheckTypes(env, config.task), config.image_size, config.task)
+    for note in env.notes if speaks else ():
+        log.warning(note)
+    return CheckSteps(_wrap_action(env, config.task), config.task)
 
 
 def _wrap_action(env, name):

@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from .wrappers import Env, TaskError, is_image, transition
+from .wrappers import Env, TaskError, transition
 
 log = logging.getLogger(__name__)
 
@@ -24,17 +24,24 @@ def load(config, mode: str, name: str, seed: int) -> Env:
         gymnasium.register_envs(ale_py)
     limit = -1 if config.time_limit else None  # -1: without the registered limit
     try:
-        # Our own checks (CheckSpaces) replace the passive checker, which slows every step.
-        options = dict(max_episode_steps=limit, disable_env_checker=True)
-        try:
-            env = gymnasium.make(name, render_mode="rgb_array", **options)
-        except TypeError:  # the environment takes no render_mode
-            env = gymnasium.make(name, **options)
+        env = _make(name, max_episode_steps=limit)
     except (gymnasium.error.UnregisteredEnv, ModuleNotFoundError) as error:
         env = _old_gym(name, error)
-    except gymnasium.error.DependencyNotInstalled as error:
-        raise TaskError(f"gym_{name}: {error}") from error
+    except (gymnasium.error.Error, ImportError) as error:  # deprecated, moved, without what it needs, ...
+        raise TaskError(f"gym_{name}: {_one_line(error)}") from error
     return GymEnv(env, seed, f"gym_{name}")
+
+
+def _make(name, **options):
+    """With rendering to arrays if it can: some only know windows, some take no render_mode."""
+    # Our own checks (CheckTypes) replace the passive checker, which slows every step.
+    options["disable_env_checker"] = True
+    try:
+        return gymnasium.make(name, render_mode="rgb_array", **options)
+    except gymnasium.error.UnregisteredEnv:
+        raise
+    except Exception:  # what an environment does with a mode that it lacks is its own; any other error comes again
+        return gymnasium.make(name, **options)
 
 
 def _old_gym(name, error):
@@ -64,27 +71,24 @@ class GymEnv(Env):
     so that those of the old gym work without importing it. Nested observations are flattened: {'a': {'b': x}} is
     `a/b`. An observation that is not a dict is `image` if it is one, else `vector`. Entries of the info dict whose
     name starts with `log_` are handed on. Texts become token ids later (`TokenizeText`), by the environment's attribute
-    `vocabulary` if it has one. Discrete values are counted from 0 even where the space starts elsewhere.
+    `vocabulary` if it has one.
 
     Errors: TaskError for a space that is not supported.
     """
 
     def __init__(self, env, seed: int | None = None, name: str = "environment"):
-        self._env = env
+        self.adapted = env
         self._name = name
         self._seed = seed
-        self._starts, self._transposed = {}, set()
         self.obs_space = self._observation_spaces(env.observation_space)
-        self.act_space, self._action_start = self._action_space(env.action_space)
+        self.act_space = self._action_space(env.action_space)
         words = getattr(getattr(env, "unwrapped", env), "vocabulary", None)
         if words is not None:
             self.vocabulary = words  # of its texts
-        self._image = next((key for key, space in self.obs_space.items() if is_image(space)), None)
-        self._last_image = None
         self._no_render = False
 
     def reset(self):
-        result = self._env.reset(**self._seed_once())
+        result = self.adapted.reset(**self._seed_once())
         if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict):
             obs, info = result
         else:
@@ -92,9 +96,7 @@ class GymEnv(Env):
         return transition(self._observe(obs, info), first=True)
 
     def step(self, action):
-        if self._action_start is not None:
-            action = action + self._action_start
-        result = self._env.step(action)
+        result = self.adapted.step(action)
         if len(result) == 5:
             obs, reward, terminated, truncated, info = result
         elif len(result) == 4:
@@ -110,20 +112,17 @@ class GymEnv(Env):
         return transition(obs, _scalar(reward), last=terminated or truncated, terminal=terminated)
 
     def render(self):
-        frame = None if self._no_render else self._render()
-        if frame is None and self._last_image is not None and self._last_image.shape[-1:] == (3,):
-            frame = self._last_image
-        return frame
+        return None if self._no_render else self._render()
 
     def close(self):
-        if hasattr(self._env, "close"):
-            self._env.close()
+        if hasattr(self.adapted, "close"):
+            self.adapted.close()
 
     def _render(self):
-        if not hasattr(self._env, "render"):
+        if not hasattr(self.adapted, "render"):
             return None
         try:
-            frame = self._env.render(**self._render_arguments())
+            frame = self.adapted.render(**self._render_arguments())
         except (gymnasium.error.DependencyNotInstalled, NotImplementedError) as error:
             log.warning("%s: no videos: %s", self._name, _one_line(error) or "render is not implemented")
             self._no_render = True
@@ -132,7 +131,7 @@ class GymEnv(Env):
         return frame if isinstance(frame, np.ndarray) and frame.ndim == 3 else None
 
     def _render_arguments(self):
-        core = getattr(self._env, "unwrapped", self._env)
+        core = getattr(self.adapted, "unwrapped", self.adapted)
         return {"mode": "rgb_array"} if "mode" in inspect.signature(core.render).parameters else {}
 
     def _seed_once(self):
@@ -140,23 +139,23 @@ class GymEnv(Env):
         seed, self._seed = self._seed, None
         if seed is None:
             return {}
-        core = getattr(self._env, "unwrapped", self._env)
+        core = getattr(self.adapted, "unwrapped", self.adapted)
         parameters = inspect.signature(core.reset).parameters.values()
         if any(p.name == "seed" or p.kind is p.VAR_KEYWORD for p in parameters):
             return {"seed": seed}
         if callable(getattr(core, "seed", None)):
-            self._env.seed(seed)
+            self.adapted.seed(seed)
         return {}
 
     def _observation_spaces(self, space):
+        self._space = space
         kind = _kind(space)
+        self._single = None
         if kind not in ("Dict", "Tuple"):
             frame = kind == "Box" and space.dtype == np.uint8 and len(space.shape) in (2, 3)
             self._single = "image" if frame else "text" if kind == "Text" else "vector"
-            return {self._single: self._leaf(self._single, space)}
-        self._single = None
         result = {}
-        for key, leaf in _flatten(space, _children):
+        for key, leaf in self._leaves(space):
             if key in result:
                 raise TaskError(f"{self._name}: two observations are called '{key}' once nested names are joined.")
             if not key.startswith("log_"):
@@ -165,56 +164,48 @@ class GymEnv(Env):
 
     def _leaf(self, key, space):
         kind = _kind(space)
-        if kind == "Box":
-            low, high, shape = space.low, space.high, space.shape
-            box = spaces.Box(low, high, shape, space.dtype)
-            if is_image(box) and len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] > 4:
-                self._transposed.add(key)  # channels first, as for PyTorch
-                box = spaces.Box(0, 255, (*shape[1:], shape[0]), np.uint8)
-            return box
-        if kind == "Discrete":
-            self._starts[key] = int(getattr(space, "start", 0))
-            return spaces.Discrete(int(space.n))
-        if kind == "MultiDiscrete":
-            self._starts[key] = np.asarray(getattr(space, "start", 0))
-            return spaces.MultiDiscrete(np.asarray(space.nvec))
-        if kind == "MultiBinary":
-            return spaces.MultiBinary(space.shape)
-        if kind == "Text":
-            return spaces.Text(int(getattr(space, "max_length", 256)))
+        if kind in CONVERT:
+            return CONVERT[kind](space)
         raise TaskError(
             f"{self._name}: observation '{key}' has a {type(space).__name__} space; "
-            "supported are Box, Discrete, MultiDiscrete, MultiBinary, Text, Dict and Tuple."
+            f"supported are {', '.join(CONVERT)}, Dict and Tuple."
         )
 
     def _action_space(self, space):
         kind = _kind(space)
-        if kind == "Box":
-            return spaces.Box(space.low, space.high, space.shape, space.dtype), None
-        if kind == "Discrete":
-            return spaces.Discrete(int(space.n)), int(getattr(space, "start", 0)) or None
-        if kind == "MultiDiscrete":
-            start = np.asarray(getattr(space, "start", 0))
-            return spaces.MultiDiscrete(np.asarray(space.nvec)), start if start.any() else None
+        if kind in ("Box", "Discrete", "MultiDiscrete"):
+            return CONVERT[kind](space)
         raise TaskError(
             f"{self._name}: the action space is a {type(space).__name__}; supported are Box, Discrete and "
             "MultiDiscrete: flatten it in a wrapper."
         )
 
-    def _observe(self, obs, info):
-        if self._single is not None:
-            result = {self._single: obs}
+    def _leaves(self, space, prefix=""):
+        """(name, space) of what a space is made of, names joined by '/'."""
+        if _kind(space) not in ("Dict", "Tuple"):
+            yield prefix or self._single, space
+            return
+        for key, child in _children(space):
+            yield from self._leaves(child, f"{prefix}/{key}" if prefix else str(key))
+
+    def _values(self, value, space, prefix=""):
+        """(name, value), likewise. The space tells what is a part and what is a value: both may be tuples."""
+        name = prefix or self._single
+        if value is None:
+            return  # absent at this step
+        kind = _kind(space) if space is not None else "Dict" if isinstance(value, dict) else "Box"
+        if kind not in ("Dict", "Tuple") and not isinstance(value, dict):
+            yield name, value
+        elif isinstance(value, dict) and kind == "Dict" or isinstance(value, (tuple, list)) and kind == "Tuple":
+            of = {} if space is None else dict(_children(space))
+            for key, child in value.items() if kind == "Dict" else enumerate(value):
+                yield from self._values(child, of.get(key), f"{prefix}/{key}" if prefix else str(key))
         else:
-            result = {key: value for key, value in _flatten(obs, _values) if value is not None}
-        for key, value in result.items():
-            if isinstance(value, str):
-                continue  # it becomes ids in `TokenizeText`
-            result[key] = value = np.asarray(value)
-            if key in self._starts:
-                result[key] = (value - self._starts[key]).astype(np.int64)
-            if key in self._transposed:
-                result[key] = np.moveaxis(value, 0, -1)
-        self._last_image = result.get(self._image)
+            where = f"observation '{name}'" if name else "the observation"
+            raise TaskError(f"{self._name}: {where} is a {type(value).__name__}, but its space is a {kind}.")
+
+    def _observe(self, obs, info):
+        result = dict(self._values(obs, self._space))
         result.update({key: value for key, value in (info or {}).items() if key.startswith("log_")})
         return result
 
@@ -237,23 +228,17 @@ def _kind(space) -> str:
 
 
 def _children(space):
-    kind = _kind(space)
-    if kind == "Dict":
-        return space.spaces.items()
-    return enumerate(space.spaces) if kind == "Tuple" else None
+    """(key, space) of the parts of a Dict or Tuple space."""
+    return space.spaces.items() if _kind(space) == "Dict" else enumerate(space.spaces)
 
 
-def _values(value):
-    if isinstance(value, dict):
-        return value.items()
-    return enumerate(value) if isinstance(value, tuple) else None
-
-
-def _flatten(tree, children, prefix=""):
-    """(name, leaf) pairs of a tree, names joined by '/'."""
-    for key, child in children(tree):
-        name = f"{prefix}{key}"
-        if children(child) is None:
-            yield name, child
-        else:
-            yield from _flatten(child, children, f"{name}/")
+# gymnasium's own spaces, from those of either library.
+CONVERT = {
+    "Box": lambda space: spaces.Box(space.low, space.high, space.shape, space.dtype),
+    "Discrete": lambda space: spaces.Discrete(int(space.n), start=int(getattr(space, "start", 0))),
+    "MultiDiscrete": lambda space: spaces.MultiDiscrete(
+        np.asarray(space.nvec), start=np.broadcast_to(np.asarray(getattr(space, "start", 0)), np.shape(space.nvec))
+    ),
+    "MultiBinary": lambda space: spaces.MultiBinary(space.shape),
+    "Text": lambda space: spaces.Text(int(getattr(space, "max_length", 256))),
+}

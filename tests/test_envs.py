@@ -14,7 +14,7 @@ from gymnasium import spaces
 
 import envs
 from envs import Env, TaskError, make_env, register_env, transition
-from envs.wrappers import ActionRepeat, ConvertTypes, NormalizeAction, ResizeImage, TimeLimit, resize
+from envs.wrappers import ActionRepeat, CheckTypes, Frames, NormalizeAction, TimeLimit, resize
 
 needs_atari = pytest.mark.skipif(
     importlib.util.find_spec("ale_py") is None, reason="ale-py is not installed (requirements/atari.txt)"
@@ -534,23 +534,23 @@ def test_spaces_and_values_are_compared():
             return np.zeros(3, np.float32), {}
 
     env = make(lambda: Wrong(spaces.Box(-1, 1, (2,))))
-    with pytest.raises(ValueError, match=r"toy: observation 'vector' is float32 \[3\], but its space says .*\[2\]"):
+    with pytest.raises(TaskError, match=r"toy: observation 'vector' is float32 \[3\], but its space says .*\[2\]"):
         env.reset()
 
     class Extra(Counter):
         def reset(self):
             return {**super().reset(), "more": 1, "log_more": 2}
 
-    with pytest.raises(ValueError, match="'more' has no space"):
+    with pytest.raises(TaskError, match="'more' has no space"):
         make(Extra).reset()
-    with pytest.raises(ValueError, match="cannot be named 'reward'"):
+    with pytest.raises(TaskError, match="cannot be named 'reward'"):
         make(lambda: Toy(spaces.Dict({"reward": spaces.Discrete(2)})))
 
     class NoReward(Counter):
         def reset(self):
             return {"count": np.zeros(1, np.float32)}
 
-    with pytest.raises(ValueError, match="lacks reward, is_first"):
+    with pytest.raises(TaskError, match="lacks reward, is_first"):
         make(NoReward).reset()
 
 
@@ -629,8 +629,8 @@ def test_resize_averages(channels, dtype):
 
 def test_right_size_is_not_touched():
     toy = Toy(spaces.Box(0, 255, (64, 64, 3), np.uint8))
-    wrapped = ResizeImage(envs.GymEnv(toy), (64, 64))
-    assert wrapped._keys == []
+    wrapped = Frames(envs.GymEnv(toy), (64, 64))
+    assert wrapped._steps == {}
 
 
 def test_convert_types():
@@ -646,7 +646,7 @@ def test_convert_types():
         def reset(self):
             return transition({"f": np.ones(2), "b": np.eye(2, dtype=bool), "i": np.int32(3)}, first=True)
 
-    env = ConvertTypes(Types())
+    env = CheckTypes(Types())
     assert {k: (s.shape, s.dtype.name) for k, s in env.obs_space.items()} == {
         "f": ((2,), "float32"),
         "b": ((2, 2), "float32"),
@@ -696,3 +696,225 @@ def test_the_example_of_the_documentation_runs(capsys):
     assert len(example.splitlines()) <= 30
     exec(compile(example, str(DOC), "exec"), {"__name__": "__main__"})
     assert "episode return" in capsys.readouterr().out
+
+
+# What environments really return
+
+
+class Shows(Toy):
+    """Returns one value after another, whatever its space says."""
+
+    def __init__(self, space, *values):
+        super().__init__(space)
+        self.values = iter(values)
+
+    def reset(self, seed=None, options=None):
+        return next(self.values), {}
+
+    def step(self, action):
+        return next(self.values), 1.0, False, False, {}
+
+
+class Plain(Env):
+    """The project's own interface, of any spaces; shows one value after another and keeps its actions."""
+
+    def __init__(self, key, space, *values, act=None):
+        self.obs_space, self.act_space = {key: space}, act or spaces.Discrete(2)
+        self.key, self.values, self.actions = key, iter(values), []
+
+    def reset(self):
+        return transition({self.key: next(self.values)}, first=True)
+
+    def step(self, action):
+        self.actions.append(action)
+        return transition({self.key: next(self.values)})
+
+
+FRAME = spaces.Box(0, 255, (64, 64, 3), np.uint8)
+
+
+@pytest.mark.parametrize("wrap", [lambda *a: Shows(*a), lambda *a: Plain("image", *a)], ids=["gymnasium", "own"])
+@pytest.mark.parametrize(
+    ("shape", "axis", "kept"),
+    [
+        ((3, 84, 84), 0, (64, 64, 3)),
+        ((9, 84, 96), 0, (64, 64, 9)),
+        ((1, 10, 12), 0, (64, 64, 1)),
+        ((84, 84, 12), 2, (64, 64, 12)),
+        ((64, 64, 9), 2, (64, 64, 9)),
+        ((5, 7, 3), 2, (64, 64, 3)),
+    ],
+)
+def test_channels_are_moved_to_the_end_where_they_plainly_come_first(wrap, shape, axis, kept):
+    frame = np.zeros(shape, np.uint8)
+    np.moveaxis(frame, axis, -1)[...] = np.arange(shape[axis]) * 20
+    env = make(lambda: wrap(spaces.Box(0, 255, shape, np.uint8), frame))
+    assert env.obs_space["image"].shape == kept
+    image = env.reset()["image"]
+    assert image.dtype == np.uint8 and (image == np.arange(shape[axis]) * 20).all()
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 64), (16, 20, 30), (20, 16, 30)])
+def test_axes_that_tell_nothing_are_said_once(shape, caplog):
+    space = spaces.Box(0, 255, shape, np.uint8)
+    register_env("toy", lambda: Shows(space))
+    for index in range(2):
+        assert make_env(config("toy"), "train", index).obs_space["image"].shape == (64, 64, shape[2])
+    (message,) = caplog.messages
+    assert "toy: observation 'image'" in message and "[height, width, channels]" in message
+
+
+@pytest.mark.parametrize(
+    ("space", "first", "later", "found"),
+    [
+        (FRAME, np.full((64, 64, 3), 9, np.uint8), np.full((64, 64, 3), 0.5, np.float32), "'image' is float32"),
+        (FRAME, np.full((64, 64, 3), 9, np.uint8), np.full((64, 64, 3), 300), "'image' holds 300, .* 0 to 255"),
+        (
+            FRAME,
+            np.full((64, 64, 3), 9, np.uint8),
+            np.full((60, 64, 3), 9, np.uint8),
+            r"'image' is uint8 \[60, 64, 3\]",
+        ),
+        (FRAME, np.full((64, 64, 3), 9, np.uint8), {"image": 3}, "'image' is a dict"),
+        (spaces.Box(-1, 1, (2,)), np.zeros(2), [[0.0], [1.0, 2.0]], "'vector' is list"),
+        (spaces.Box(-1, 1, (2,)), np.zeros(2), np.array(["a", "b"]), "'vector' is <U1"),
+        (spaces.Discrete(5, start=1), 1, 0, "'vector' holds 0, .* 1 to 5"),
+        (spaces.Discrete(5), np.int64(4), np.int64(5), "'vector' holds 5, .* 0 to 4"),
+        (spaces.Discrete(5), 4, 2.0, "'vector' is float64"),
+        (spaces.MultiDiscrete([2, 3]), np.array([1, 2]), np.array([2, 0]), "'vector' holds 2, .* 0 to 1"),
+        (spaces.MultiBinary(2), np.array([1, 0]), np.array([1, 2]), "'vector' holds 2, .* 0 to 1"),
+        (spaces.Box(0, 7, (2,), np.int32), np.zeros(2, np.int32), np.array([8, 0]), "'vector' holds 8, .* 0 to 7"),
+    ],
+)
+def test_every_step_is_compared_with_the_space(space, first, later, found):
+    env = make(lambda: Shows(space, first, first, later))
+    env.reset()
+    env.step(0)
+    with pytest.raises(TaskError, match=found):
+        env.step(0)
+
+
+@pytest.mark.parametrize(
+    ("space", "value", "kept"),
+    [
+        (FRAME, np.full((64, 64, 3), 7, np.int64), np.full((64, 64, 3), 7, np.uint8)),
+        (FRAME, np.full((64, 64, 3), 7).tolist(), np.full((64, 64, 3), 7, np.uint8)),
+        (spaces.Box(0, 255, (84, 84, 3), np.uint8), np.full((84, 84, 3), 7), np.full((64, 64, 3), 7, np.uint8)),
+        (spaces.Box(-1, 1, (2,)), (1, 0), np.array([1, 0], np.float32)),
+        (spaces.Box(-1, 1, (2,), np.float64), [True, False], np.array([1, 0], np.float32)),
+        (spaces.Discrete(5, start=-2), -2, np.int64(0)),
+        (spaces.MultiDiscrete([2, 3], start=[1, 5]), [2, 5], np.array([1, 0])),
+        (spaces.MultiBinary(3), [True, False, True], np.array([1, 0, 1], np.float32)),
+    ],
+)
+def test_values_of_another_type_are_converted_where_nothing_is_lost(space, value, kept):
+    env = make(lambda: Shows(space, value))
+    found = next(v for k, v in env.reset().items() if k in env.obs_space)
+    assert found.dtype == kept.dtype and np.array_equal(found, kept)
+
+
+@pytest.mark.parametrize("wrap", [Toy, lambda *a: Plain("x", spaces.Discrete(2), 0, 0, 0, act=a[1])])
+def test_actions_start_where_their_space_does(wrap):
+    for space, actions, given in (
+        (spaces.Discrete(3, start=5), [one_hot(0, 3), one_hot(2, 3)], [5, 7]),
+        (spaces.MultiDiscrete([2, 3], start=[10, 20]), [np.eye(5)[[0, 4]].sum(0)] * 2, [[10, 22]] * 2),
+    ):
+        toy = wrap(spaces.Discrete(2), space)
+        env = make(lambda toy=toy: toy)
+        env.reset()
+        for action in actions:
+            env.step(action.astype(np.float32))
+        assert [np.asarray(x).tolist() for x in toy.actions] == given
+        env.close()
+
+
+def test_more_channels_than_opencv_knows_are_resized():
+    frame = np.random.default_rng(0).integers(0, 256, (90, 120, 11), np.uint8)
+    one_by_one = np.concatenate([resize(frame[..., n], (30, 40)) for n in range(11)], -1)
+    assert np.array_equal(resize(frame, (30, 40)), one_by_one)
+    assert np.abs(one_by_one - frame.reshape(30, 3, 40, 3, 11).mean((1, 3))).max() <= 0.5 + 1e-6
+
+
+def test_uint8_that_ends_below_255_is_stretched_or_a_grid_of_ids(caplog):
+    planes = np.random.default_rng(0).integers(0, 2, (64, 64, 4), np.uint8)
+    env = make(lambda: Shows(spaces.Box(0, 1, (64, 64, 4), np.uint8), planes))
+    assert np.array_equal(env.reset()["image"], planes * 255)
+    assert "stretched to 0 to 255" in caplog.messages.pop()
+    ids = np.random.default_rng(0).integers(0, 11, (7, 7, 3), np.uint8)
+    env = make(lambda: Shows(spaces.Box(0, 10, (7, 7, 3), np.uint8), ids))
+    assert env.obs_space["image"] == spaces.MultiDiscrete(np.full((7, 7, 3), 11))
+    assert np.array_equal(env.reset()["image"], ids) and "grid of ids" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    ("space", "advice"),
+    [
+        (spaces.Box(0, 1, (84, 84, 3)), "21,168 numbers. If it holds frames, make it uint8"),
+        (spaces.Box(0, 255, (4, 64, 64, 3), np.uint8), "49,152 numbers. If it holds frames, move the stack"),
+        (spaces.Box(0, 1, (3, 84, 84)), "21,168 numbers"),
+    ],
+)
+def test_frames_that_are_read_as_vectors_are_said(space, advice, caplog):
+    assert make(lambda: Shows(space)).obs_space["vector"].shape == space.shape
+    assert advice in caplog.messages[0] and len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("space", [spaces.Box(-1, 1, (300,)), spaces.Box(-1, 1, (40, 40)), spaces.Box(0, 9, (5, 5, 5))])
+def test_vectors_are_not_taken_for_frames(space, caplog):
+    make(lambda: Shows(space))
+    assert not caplog.messages
+
+
+def test_parts_follow_the_space_whatever_holds_them():
+    space = spaces.Dict(
+        {"a": spaces.Tuple([spaces.Discrete(3), spaces.Box(-1, 1, (2,))]), "b": spaces.Box(-1, 1, (2,))}
+    )
+    env = make(lambda: Shows(space, {"a": [1, (0.5, 0.25)], "b": (0.0, 1.0)}))
+    step = env.reset()
+    assert step["a/0"] == 1 and step["a/1"].tolist() == [0.5, 0.25] and step["b"].tolist() == [0, 1]
+    env = make(lambda: Shows(space, {"a": 3, "b": (0.0, 1.0)}))
+    with pytest.raises(TaskError, match="'a' is a int, but its space is a Tuple"):
+        env.reset()
+
+
+def test_an_observation_that_holds_nothing_is_refused():
+    with pytest.raises(TaskError, match=r"'vector' has the shape \[0\]"):
+        make(lambda: Shows(spaces.Box(-1, 1, (0,))))
+
+
+def test_one_environment_belongs_to_one_user():
+    one = Toy(spaces.Discrete(3))
+    register_env("toy", lambda: gymnasium.Wrapper(one))
+    first = make_env(config("toy"))
+    with pytest.raises(TaskError, match="in use already"):
+        make_env(config("toy"), "eval")
+    first.reset()
+    first.close()
+    again = make_env(config("toy"))  # closed, so that another may have it
+    del again
+    make_env(config("toy")).close()  # and so when nobody has it any more
+
+
+def test_an_environment_that_only_knows_windows(monkeypatch):
+    class Window(Toy):
+        metadata = {"render_modes": ["human"], "render_fps": 10}
+
+        def __init__(self, render_mode=None):
+            assert render_mode in (None, "human")
+            super().__init__(spaces.Box(-1, 1, (2,)))
+            self.render_mode = render_mode
+
+        def render(self):
+            return None
+
+    monkeypatch.setitem(gymnasium.registry, "Window-v0", gymnasium.envs.registration.EnvSpec("Window-v0", Window))
+    env = make_env(config("gym_Window-v0"))
+    env.reset()
+    assert env.render() is None
+
+
+@pytest.mark.parametrize("name", ["LunarLander-v2", "CartPole-v9", "HalfCheetah-v2", "NoSuchTask-v0"])
+def test_an_id_that_is_not_there_is_one_line(name):
+    with pytest.raises(TaskError, match=f"gym_{name}") as error:
+        make_env(config(f"gym_{name}"))
+    assert "\n" not in str(error.value)

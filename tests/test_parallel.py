@@ -1,7 +1,10 @@
 """Vectors of environments: the three backends agree, fail clearly, and leave nothing behind."""
 
 import functools
+import logging
+import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium
 import numpy as np
 import psutil
 import pytest
@@ -374,6 +378,134 @@ vec.reset()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     errors = [line for line in result.stderr.splitlines() if not line.startswith("WARNING")]  # dm_control's own
     assert result.returncode == 0 and errors == []
+
+
+class Simulated(Count):
+    """Starts two programs: one that close() ends, one that is left."""
+
+    def __init__(self, index=0):
+        super().__init__(index)
+        self.programs = [subprocess.Popen(["sleep", "600"]) for _ in range(2)]
+
+    def observe(self, action):
+        found = {f"log_program{n}": program.pid for n, program in enumerate(self.programs)}
+        return super().observe(action) | found | {"log_pid": os.getpid()}
+
+    def close(self):
+        self.programs[0].terminate()
+        self.programs[0].wait()
+
+
+class Parent(Count):
+    """Works in a process of its own."""
+
+    def __init__(self, index=0):
+        super().__init__(index)
+        context = multiprocessing.get_context("spawn")
+        child = context.Process(target=os.getpid)
+        child.start()
+        child.join()
+        self.code = child.exitcode
+
+    def observe(self, action):
+        return super().observe(action) | {"log_code": self.code}
+
+
+class Draws(Count):
+    """From the generators of the whole process."""
+
+    def observe(self, action):
+        return super().observe(action) | {"log_numbers": np.array([random.random(), np.random.rand()])}
+
+
+class Talks(Count):
+    def reset(self):
+        logging.getLogger("robot").warning("battery at %d %%", 20 + self.index)
+        return super().reset()
+
+
+PROGRAMS = ("log_program0", "log_program1")
+
+
+def test_nothing_that_an_environment_started_is_left():
+    vec = vector(Simulated, "process", 2)
+    batch = vec.reset()
+    programs = [int(pid) for key in PROGRAMS for pid in batch[key]]
+    assert len(programs) == 4 and all(running(pid) for pid in programs)
+    vec.close()
+    assert not any(running(pid) for pid in programs)
+
+
+def test_nothing_is_left_by_a_worker_that_was_killed():
+    vec = vector(Simulated, "process", 2)
+    batch = vec.reset()
+    programs = [int(pid) for key in PROGRAMS for pid in batch[key]]
+    os.kill(int(batch["log_pid"][1]), signal.SIGKILL)
+    with pytest.raises(EnvError, match="environment 1"):
+        vec.step(np.zeros((2, 2)))
+    assert not any(running(pid) for pid in programs)
+
+
+PROGRAM_LOOP = """
+import signal
+batch = vec.step(np.zeros((2, 2)))
+print(*batch['log_program0'], *batch['log_program1'])
+print('ready', flush=True)
+while True:
+    vec.step(np.zeros((2, 2)))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nothing_is_left_by_a_program_that_was_ended(number):
+    code = textwrap.dedent(SCRIPT).format(root=str(ROOT), tests=str(ROOT / "tests"), kind="Simulated").rstrip()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code + PROGRAM_LOOP], text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    workers, programs = ([int(float(x)) for x in process.stdout.readline().split()] for _ in range(2))
+    assert process.stdout.readline() == "ready\n" and len(programs) == 4
+    assert all(running(pid) for pid in workers + programs)
+    process.send_signal(number)
+    process.wait()
+    wait_until(lambda: not any(running(pid) for pid in workers + programs))
+    process.stdout.close()
+
+
+def test_environments_may_start_processes():
+    with vectors(vector(Parent, "process", 1)) as vec:
+        assert vec.reset()["log_code"].tolist() == [0]
+
+
+def test_global_generators_of_workers_are_seeded():
+    """The same seeds give the same numbers, others do not."""
+    drawn = []
+    for seeds in ([3, 4], [3, 5], None):
+        with vectors(make_vector([functools.partial(Draws, i) for i in range(2)], "process", seeds=seeds)) as vec:
+            drawn.append(vec.reset()["log_numbers"])
+    assert np.array_equal(drawn[0][0], drawn[1][0])
+    assert len({row.tobytes() for rows in drawn for row in rows}) == 5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_environments_log_is_in_the_log(backend, caplog):
+    with vectors(vector(Talks, backend, 2)) as vec:
+        vec.reset()
+    assert sorted(caplog.messages) == ["battery at 20 %", "battery at 21 %"]
+    assert {record.name for record in caplog.records} == {"robot"}
+
+
+def test_ids_that_the_program_registers_with_gymnasium_are_known_to_workers(monkeypatch):
+    class Mine(gymnasium.Env):
+        observation_space, action_space = spaces.Box(-1, 1, (2,)), spaces.Discrete(2)
+
+        def reset(self, seed=None, options=None):
+            return np.full(2, 0.5, np.float32), {}
+
+    spec = gymnasium.envs.registration.EnvSpec("Mine-v3", Mine, max_episode_steps=7)
+    monkeypatch.setitem(gymnasium.registry, "Mine-v3", spec)
+    fns = [functools.partial(make_env, config("gym_Mine-v3"), "train", 0)]
+    with vectors(make_vector(fns, "process")) as vec:
+        assert vec.reset()["vector"].tolist() == [[0.5, 0.5]]
 
 
 def running(pid):
