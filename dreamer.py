@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and typin
 import functools
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -620,12 +621,15 @@ class Trainer:
 
     def run(self) -> None:
         """Trains until `steps` frames, or until asked to stop; saves at the end either way."""
-        config = self.config
-        with self.shutdown, tools.Progress(config.steps) as self.progress:
-            if self.offline:
-                self._run_offline()
-            else:
-                self._run_online()
+        with self.shutdown, tools.Progress(self.config.steps) as self.progress:
+            try:
+                if self.offline:
+                    self._run_offline()
+                else:
+                    self._run_online()
+            except Exception as error:
+                self._rescue(error)
+                raise
             self._check_finite()
             saved = self.save()
             if self.evaluates and not self.shutdown.requested and self.evaluated_at != self.frames:
@@ -634,6 +638,20 @@ class Trainer:
         self.logger.flush()
         ended = "Stopped" if self.shutdown.requested else "Finished"
         log.info(f"{ended} at frame {self.frames:,}" + (f"; saved in {self.logdir}" if saved else "; not saved"))
+
+    def _rescue(self, error: Exception) -> None:
+        """Saves before an error ends the run: the data, and the checkpoint where the weights are not in doubt."""
+        try:
+            if isinstance(error, USER_ERRORS):
+                saved = self.save()
+            else:
+                self.replay.flush()
+                saved = False
+        except Exception as second:
+            log.warning(f"Nothing could be saved any more: {second}")
+        else:
+            what = "the run" if saved else "the data"
+            log.info(f"An error ends the run at frame {self.frames:,}; {what} is saved in {self.logdir}")
 
     def _run_online(self) -> None:
         obs = self.envs.reset()
@@ -1100,6 +1118,9 @@ def guarded(function: Callable, *args, advice: str = "") -> int:
         function(*args)
     except USER_ERRORS as error:
         print(f"Error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `--mode eval | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (RuntimeError, MemoryError, OSError) as error:
         found = tools.too_many_files_help(error) or tools.out_of_memory_help(error)

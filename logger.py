@@ -18,7 +18,7 @@ import sys
 import time
 import wave
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +32,54 @@ from errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Log lines and the progress line share this console: that is how rich puts the lines above the bar. It looks up
-# sys.stdout at each use.
-CONSOLE = rich.console.Console()
+
+class Console(rich.console.Console):
+    """stdout, looked up at each use. A run outlives it: when nobody reads it any more (`| head`, a closed terminal),
+    the run says so in its log file and goes on.
+    """
+
+    @property
+    def file(self):
+        return Lenient(super().file, self.lost)
+
+    @file.setter
+    def file(self, new):
+        rich.console.Console.file.fset(self, new)
+
+    def lost(self, error: Exception) -> None:
+        if self.quiet:
+            return
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # so that flushing it at the end is no error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        log.warning("stdout is gone (%s): the run goes on, and writes its log to its folder alone.", error)
+
+
+class Lenient:
+    """A stream whose errors are told to `lost` instead of being raised."""
+
+    def __init__(self, stream, lost: Callable[[Exception], None]):
+        self._stream, self._lost = stream, lost
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError) as error:
+            self._lost(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._lost(error)
+
+
+# Log lines and the progress line share this console: that is how rich puts the lines above the bar.
+CONSOLE = Console()
 
 # Scalars of the line `Step N: {...}`; if a write has none of these, it shows all it has.
 CONSOLE_SCALARS = r"(episode|eval)/(return|length|score)|.*_loss|intrinsic/empowerment|meta/.*|time/fps|replay/steps"
@@ -128,6 +173,9 @@ def setup_logging(level: str = "info", logdir: str | Path | None = None) -> None
     level: debug, info, warning or error, of the console. The file has info and above even where the console has less.
     Calling it again replaces the earlier set-up.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that knows only ASCII shows `?` for what it cannot
+            stream.reconfigure(errors="replace")
     number = logging.getLevelNamesMapping()[level.upper()]
     root = logging.getLogger()
     for handler in root.handlers[:]:
@@ -584,7 +632,7 @@ class Progress:
 
     def __init__(self, total_steps: int, interval: float = 10.0, window: float = 60.0):
         self.total = total_steps
-        self.live = sys.stdout.isatty() and not CONSOLE.is_dumb_terminal
+        self.live = bool(sys.stdout and sys.stdout.isatty()) and not CONSOLE.is_dumb_terminal
         self.interval = 0.2 if self.live else interval
         self.window = max(window, 2 * self.interval)
         self._history: deque[tuple[float, int]] = deque()  # (time, frames)

@@ -775,9 +775,8 @@ class Replay:
                         if length := header_shape(file)[0]:
                             return length
                         raise _Damaged("no rows")
-        except PermissionError:
-            raise
         except Exception as error:  # a damaged archive can raise nearly anything
+            _raise_unless_damaged(path, error)
             self._set_aside(path, error)
             return 0
         raise ReplayError(
@@ -829,9 +828,8 @@ class Replay:
             with np.load(piece.path, allow_pickle=False) as file:
                 names = sorted(file.files)
                 raw = {key: file[key] for key in names if key in wanted}
-        except PermissionError:
-            raise
         except Exception as error:  # a damaged archive can raise nearly anything
+            _raise_unless_damaged(piece.path, error)
             return self._set_aside(piece.path, error)
         missing = [key for key in (*self._obs, "action", "reward") if key not in raw]
         if missing:
@@ -950,6 +948,33 @@ class Replay:
             schema[STOCH] = ((self.latent["stoch"],), np.dtype(kind))
             schema[VALID] = ((), np.dtype(bool))
         return schema
+
+
+def _raise_unless_damaged(path: Path, error: Exception) -> None:
+    """StorageError for a failure of the machine: no memory, no more open files, a disk or a network that fails.
+
+    Only a file that is wrong itself may be set aside. Its bytes can cause two errors of the machine's kinds: EINVAL,
+    for a place that does not exist, and a lack of memory, for a size that is not true.
+    """
+    failed = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+    if isinstance(error, MemoryError):
+        failed = _intact(path)
+    if failed:
+        reason = getattr(error, "strerror", None) or str(error) or "not enough memory"
+        raise StorageError(
+            f"Could not read {path}: {reason}. The file is left as it is. Once that is mended, the same command goes on."
+        ) from error
+
+
+def _intact(path: Path) -> bool:
+    """Whether the checksums of an archive are right; reads it in small parts."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError):
+        return False
+    except MemoryError:
+        return True
 
 
 def _is_frame(shape: tuple, dtype: np.dtype) -> bool:

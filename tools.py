@@ -291,7 +291,8 @@ def set_threads(n: int) -> None:
 
 
 class Shutdown:
-    """While the block runs, SIGINT and SIGTERM only set `requested`, so that the loop can save and end by itself.
+    """While the block runs, SIGINT, SIGTERM and SIGHUP (a closed terminal) only set `requested`, so that the loop can
+    save and end by itself. A signal that is ignored already, as under nohup, stays so.
 
     Ctrl-C after that raises KeyboardInterrupt at once. The earlier handlers are back after the block. Outside the main
     thread, where Python allows no handlers, it does nothing.
@@ -303,8 +304,9 @@ class Shutdown:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._earlier[number] = signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                    self._earlier[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception):

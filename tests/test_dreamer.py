@@ -4,6 +4,7 @@ import ast
 import contextlib
 import dataclasses
 import errno
+import functools
 import importlib.util
 import io
 import json
@@ -11,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -28,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import config as configuration
+import dreamer
 import envs
 import tools
 from distributions import OneHot
@@ -503,6 +506,108 @@ def test_nan_in_an_observation_is_found_when_it_is_stored(tmp_path):
     register_env("toy", lambda config, mode, index: Toy(nan_at=4 if index == 1 else None))
     text = fail(*BARE, "--task", "toy", "--logdir", tmp_path)
     assert "observation 'vector' from stream 1 (environment 1), step 4 of the stream, episode 0: found nan" in text
+
+
+@pytest.mark.parametrize("how", ["raises", "nan", "killed"])
+def test_whatever_ends_a_run_saves_first(tmp_path, how):
+    options = {"raises": {"raise_at": 25}, "nan": {"nan_at": 25}, "killed": {"raise_at": 25}}[how]
+
+    def fail_in(config, mode, index):
+        toy = Toy(length=60, **options)
+        if how == "killed":
+            toy.count = 0
+            toy.raise_at = None
+            step = toy.step
+            toy.step = lambda action: os.kill(os.getpid(), signal.SIGKILL) if toy.count == 24 else step(action)
+        return toy
+
+    register_env("toy", fail_in)
+    backend = ["--parallel", "process"] if how == "killed" else []
+    status, _, err = run(*BARE, "--task", "toy", "--steps", 400, "--save_every", 1000, *backend, "--logdir", tmp_path)
+    assert status == 1 and err.startswith("Error: ")
+    assert "An error ends the run at frame" in (tmp_path / "log.txt").read_text()
+    assert (tmp_path / "latest.pt").exists()
+    stored = [np.load(path) for path in sorted((tmp_path / "train_eps").glob("*.npz"))]
+    assert [len(piece["reward"]) for piece in stored] == [25, 25]  # the reset, and 24 good steps
+    assert not any(piece["is_terminal"].any() for piece in stored)
+
+
+def test_a_trainer_that_cannot_be_built_leaves_the_logdir_free(tmp_path):
+    """As in a notebook, where the process goes on."""
+    register_env("toy", Toy)
+    (tmp_path / "latest.pt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="latest.pt"):
+        make_trainer(tmp_path, "--task", "toy")
+    (tmp_path / "latest.pt").unlink()
+    make_trainer(tmp_path, "--task", "toy").close()
+
+
+def test_folders_that_are_written_belong_to_one_run(tmp_path):
+    register_env("toy", Toy)
+    shared = ["--task", "toy", "--traindir", tmp_path / "shared"]
+    with contextlib.closing(make_trainer(tmp_path / "one", *shared)):
+        with pytest.raises(UserError, match=f"Another process is training in {tmp_path / 'shared'}"):
+            make_trainer(tmp_path / "two", *shared)
+    make_trainer(tmp_path / "two", *shared).close()
+
+
+def test_a_lock_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "thesis.txt")
+    register_env("toy", Toy)
+    with pytest.raises(UserError, match=r"Could not write .*\.lock"):
+        make_trainer(tmp_path / "run", "--task", "toy")
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_the_runs_own_metrics_keep_their_names(tmp_path):
+    class Logging(Toy):
+        def step(self, action):
+            return super().step(action) | {f"log_{name}": np.float32(-777) for name in ("return", "length", "other")}
+
+    register_env("toy", lambda config, mode, index: Logging(length=7))
+    flags = "--task toy --steps 60 --prefill 50 --log_every 20 --eval_every 40 --eval_envs 1 --eval_episode_num 1"
+    with contextlib.closing(make_trainer(tmp_path, *flags.split())) as trainer:
+        trainer.run()
+    rows = {name: value for row in metrics(tmp_path) for name, value in row.items()}
+    for kind in ("episode", "eval"):
+        assert rows[f"{kind}/return"] == rows[f"{kind}/length"] == 7
+        assert rows[f"{kind}/log_return"] == rows[f"{kind}/log_length"] == rows[f"{kind}/other"] == -777
+
+
+def test_a_float_observation_called_image_is_no_film(tmp_path):
+    class Measured(Toy):
+        def __init__(self):
+            super().__init__()
+            self.obs_space = {"image": spaces.Box(0, 1, (8, 8, 3), np.float32)}
+
+        def observe(self):
+            return {"image": np.full((8, 8, 3), 0.5, np.float32)}
+
+    register_env("toy", Measured)
+    flags = [*BARE, "--task", "toy", "--steps", 40, "--eval_every", 20, "--video_pred_log", "true"]
+    succeed(*flags, "--logdir", tmp_path)
+
+
+def test_an_evaluation_that_does_not_end_is_said(tmp_path, caplog, monkeypatch):
+    register_env("toy", lambda: Toy(length=10**9))
+    monkeypatch.setattr(dreamer, "Patience", functools.partial(dreamer.Patience, steps=20, seconds=0))
+    with contextlib.closing(make_trainer(tmp_path, "--task", "toy", "--eval_every", 100)) as trainer:
+        played = 0
+
+        def policy(*args, act=trainer.agent.policy, **kwargs):
+            nonlocal played
+            played += 1
+            trainer.shutdown.requested = played == 50
+            return act(*args, **kwargs)
+
+        trainer.agent.policy = policy
+        trainer.evaluate()
+    assert [record.message for record in caplog.records if "--time_limit" in record.message] == [
+        "No episode of this evaluation has ended after 20 steps. If the task does not end episodes itself, give "
+        "--time_limit FRAMES, or --eval_every 0 to train without evaluations."
+    ]
 
 
 def test_nan_in_mode_eval_is_found(tmp_path):

@@ -588,6 +588,39 @@ def damage(path: Path, how: str) -> None:
             np.savez(path, **{key: file[key] * np.float32("nan") if key == "code" else file[key] for key in file.files})
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), OSError(errno.EMFILE, "Too many open files"), MemoryError()]
+)
+@pytest.mark.parametrize("older", [False, True])
+def test_a_failure_of_the_machine_sets_no_file_aside(tmp_path, monkeypatch, error, older):
+    fill(make(tmp_path, piece=8), [30, 5])
+    if older:
+        for path in list(tmp_path.glob("*.npz")):
+            path.rename(path.with_name(f"older-{path.name}"))
+    before = names(tmp_path)
+
+    def fail(path, *args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(module.np, "load", fail)
+    with pytest.raises(StorageError, match="Could not read .*npz.*left as it is"):
+        make(tmp_path, piece=8)
+    monkeypatch.undo()
+    assert names(tmp_path) == before and not (tmp_path / "corrupt").exists()
+    assert make(tmp_path, piece=8).stats()["corrupt"] == 0
+
+
+def test_a_size_that_is_not_true_is_damage_not_a_lack_of_memory(tmp_path):
+    """One flipped bit in a header asks for a petabyte."""
+    fill(make(tmp_path), [8, 5])
+    bad = tmp_path / "s000-e000000-p000-0008.npz"
+    data = bad.read_bytes()
+    assert data.count(b"'shape': (8,") > 1
+    bad.write_bytes(data.replace(b"'shape': (8, ", b"'shape': (8" + b"0" * 14 + b", ").ljust(len(data)))
+    again = make(tmp_path)
+    assert again.stats()["corrupt"] == 1 and names(tmp_path / "corrupt") == [bad.name]
+
+
 @pytest.mark.parametrize("how", ["truncated", "flipped", "empty", "pickle", "length", "nan"])
 def test_damaged_piece_is_set_aside_and_not_bridged(tmp_path, caplog, how):
     replay = make(tmp_path, piece=8)

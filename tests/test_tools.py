@@ -730,6 +730,54 @@ def test_signals_ask_for_a_clean_end_and_a_second_ctrl_c_stops_at_once():
     assert err == 3 * "\nsaving, press Ctrl-C again to stop at once\n"
 
 
+@pytest.mark.parametrize(("ignored", "status"), [(False, "saved"), (True, "went on")])
+def test_a_closed_terminal_asks_for_a_clean_end_unless_it_is_ignored(ignored, status):
+    code = f"""
+        import signal, time, tools
+        if {ignored}:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+        with tools.Shutdown() as shutdown:
+            print("ready", flush=True)
+            end = time.monotonic() + {1 if ignored else 20}
+            while time.monotonic() < end and not shutdown.requested:
+                time.sleep(0.01)
+        print("saved" if shutdown.requested else "went on")
+    """
+    process = python(code, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate(timeout=20)[0].strip() == status
+
+
+@pytest.mark.parametrize("lost", ["pipe", "closed", "ascii"])
+def test_the_log_goes_on_without_stdout(tmp_path, lost):
+    code = f"""
+        import logging, sys, time, tools
+        tools.setup_logging("info", {str(tmp_path)!r})
+        log = logging.getLogger("run")
+        with tools.Progress(100, interval=0) as progress:
+            for n in range(200):
+                log.info("line %d: 3 ± 1", n)
+                progress.update(n)
+                time.sleep(0.001)
+        log.info("the end")
+    """
+    closing = {"preexec_fn": lambda: os.close(1)} if lost == "closed" else {"stdout": subprocess.PIPE}
+    env = os.environ | ({"PYTHONIOENCODING": "ascii"} if lost == "ascii" else {})
+    process = python(code, stderr=subprocess.PIPE, env=env, **closing)
+    if lost == "pipe":
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        process.wait()
+    else:
+        out, err = process.communicate(timeout=20)
+        assert err == "" and (lost == "closed" or "line 199: 3 ? 1" in out)
+    written = (tmp_path / "log.txt").read_text()
+    assert process.returncode == 0 and "line 199: 3 ± 1" in written and written.rstrip().endswith("the end")
+    assert written.count("stdout is gone") == (lost == "pipe")
+
+
 def test_shutdown_outside_the_main_thread_does_nothing():
     earlier = signal.getsignal(signal.SIGINT)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
