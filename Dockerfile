@@ -8,7 +8,7 @@
 #             dreamer --configs dmc_vision --task dmc_walker_walk
 #   help:   docker run --rm dreamer --help
 #   tests:  docker run --rm --gpus all --shm-size 2g --entrypoint python dreamer -m pytest -m "not slow" -q -rs
-#   curves: docker run --rm -p 6006:6006 -v "$PWD/logdir:/dreamer/logdir" --entrypoint tensorboard \
+#   curves: docker run --rm -p 127.0.0.1:6006:6006 -v "$PWD/logdir:/dreamer/logdir" --entrypoint tensorboard \
 #             dreamer --logdir logdir --bind_all
 #
 # `--shm-size` is for the frames of the environment processes; `--user` makes the files in logdir yours.

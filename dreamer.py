@@ -13,13 +13,14 @@ if __name__ == "__main__":  # before torch is imported, so that --help and typin
 
     CONFIG = configuration.main_load()
 
+import contextlib
 import functools
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +45,11 @@ from models import Behavior, ImagBehavior, WorldModel, total_loss
 from networks import features
 from optim import Optimizer
 from parallel import EnvError, VectorEnv, make_vector
-from replay import Replay, ReplayError
+from replay import Replay, ReplayError, episodes_begun
 from storage import DeviceRows, HostRows
 
 log = logging.getLogger("dreamer")
+FORMAT = 1  # of checkpoints
 OWN_METRICS = {"return", "return_std", "length", "episode"}  # of episodes and evaluations
 USER_ERRORS = (UserError, ReplayError, EnvError)  # what the user can mend: shown as one line
 
@@ -451,9 +453,12 @@ class Trainer:
         self._lock_folders()
         self._compare_config()
         self.device = tools.pick_device(config.device)
+        # Tells the starts of a run apart: with the same random numbers, it would collect the same episodes again.
+        self.begun = 0 if self.offline else episodes_begun(Path(config.traindir))
         self.obs_space, self.act_space = self._make_envs()
         self.agent = Dreamer(self.obs_space, self.act_space, config, self.device, modalities)
-        self.random = Random(self.act_space, seed=config.seed + 2)
+        seed = config.seed + 2
+        self.random = Random(self.act_space, seed=env_seed(seed, "train", 0, self.begun) if self.begun else seed)
         self.replay = self._make_replay()
         self.eval_replay = self._make_eval_replay()
         self.updates, self.episodes, self.saved_at = 0, 0, 0
@@ -469,9 +474,11 @@ class Trainer:
             # Only now: what could not be built leaves nothing to disagree with.
             config.save(self.logdir / "config.yaml")
         self.logger = self._make_logger()
-        self.should_log, self.should_eval, self.should_save = (
-            tools.Every(interval, self.frames) for interval in (config.log_every, config.eval_every, config.save_every)
+        self.should_log, self.should_save = (
+            tools.Every(interval, self.frames) for interval in (config.log_every, config.save_every)
         )
+        # From the last one that was complete: one that was interrupted is made up for.
+        self.should_eval = tools.Every(config.eval_every, self.evaluated_at or 0)
         self._introduce(resumed)
 
     def _lock_folders(self) -> None:
@@ -505,7 +512,7 @@ class Trainer:
         if config.task == "none":
             return infer_spaces(config.offline_traindir)
         if not self.offline:
-            self.envs = make_envs(config, "train", config.envs)
+            self.envs = make_envs(config, "train", config.envs, self.begun)
         if self.evaluates or self.offline:
             self.eval_envs = make_envs(config, "eval", config.eval_envs)
         envs = self.envs or self.eval_envs
@@ -637,7 +644,9 @@ class Trainer:
                 saved = self.save()
         self.logger.flush()
         ended = "Stopped" if self.shutdown.requested else "Finished"
-        log.info(f"{ended} at frame {self.frames:,}" + (f"; saved in {self.logdir}" if saved else "; not saved"))
+        if not saved:
+            raise UserError(f"{ended} at frame {self.frames:,}, but its weights are not saved: see the warning above.")
+        log.info(f"{ended} at frame {self.frames:,}; saved in {self.logdir}")
 
     def _rescue(self, error: Exception) -> None:
         """Saves before an error ends the run: the data, and the checkpoint where the weights are not in doubt."""
@@ -761,30 +770,27 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Plays episodes, and predicts held-out ones open loop."""
-        config, self.evaluated_at = self.config, self.frames
-        if self.evaluates:
+        config = self.config
+        if not self.evaluates:
+            self.evaluated_at = self.frames
+        else:
             generator = torch.Generator(self.device).manual_seed(config.seed + 5 + self.frames)
 
             def store(obs: dict, action: np.ndarray) -> None:
                 self._store(self.eval_replay, obs, action, None)
 
-            returns, lengths, entries, video = play(
-                self.agent, self.eval_envs, config.eval_episode_num, config.eval_sample, generator,
-                film=config.video_pred_log, on_step=store if config.offline_evaldir is None else None,
-                stop=lambda: self.shutdown.requested,
-            )  # fmt: skip
+            with self.logger.new_film("eval/episode", self.frames) as film:
+                returns, lengths, entries = play(
+                    self.agent, self.eval_envs, config.eval_episode_num, config.eval_sample, generator,
+                    film=film if config.video_pred_log else None,
+                    on_step=store if config.offline_evaldir is None else None,
+                    stop=lambda: self.shutdown.requested,
+                )  # fmt: skip
+                if not self.shutdown.requested:
+                    self.logger.film("eval/episode", film)
             if returns and not self.shutdown.requested:  # cut short, it would favour short episodes
-                mean, std = np.mean(returns), np.std(returns)
-                log.info(f"Evaluation return: {mean:.1f} ± {std:.1f} over {len(returns)} episodes")
-                log.debug(f"Returns: {', '.join(f'{ret:.4g}' for ret in returns)}; lengths: {lengths}")
-                self.logger.scalars({"eval/return": mean, "eval/return_std": std, "eval/length": np.mean(lengths)})
-                self.logger.scalars({f"eval/{name}": np.mean(values) for name, values in entries.items()})
-                if self.config.save_best and mean > self.best:
-                    before, self.best = self.best, float(mean)
-                    if not self.save("best_model.pt"):
-                        self.best = before
-            if video is not None:
-                self.logger.video("eval/episode", video)
+                self.evaluated_at = self.frames
+                self._log_evaluation(returns, lengths, entries)
         if config.video_pred_log and self.eval_replay and self.eval_replay.windows and not self.shutdown.requested:
             self._log_predictions()
         elif config.video_pred_log and self.eval_replay and not self.shutdown.requested and not self.told_short:
@@ -795,6 +801,17 @@ class Trainer:
             )
         if self.evaluates or config.video_pred_log:
             self.logger.write(self.frames)
+
+    def _log_evaluation(self, returns: list[float], lengths: list[int], entries: dict[str, list[float]]) -> None:
+        mean, std = np.mean(returns), np.std(returns)
+        log.info(f"Evaluation return: {mean:.1f} ± {std:.1f} over {len(returns)} episodes")
+        log.debug(f"Returns: {', '.join(f'{ret:.4g}' for ret in returns)}; lengths: {lengths}")
+        self.logger.scalars({"eval/return": mean, "eval/return_std": std, "eval/length": np.mean(lengths)})
+        self.logger.scalars({f"eval/{name}": np.mean(values) for name, values in entries.items()})
+        if self.config.save_best and mean > self.best:
+            before, self.best = self.best, float(mean)
+            if not self.save("best_model.pt"):
+                self.best = before
 
     def _log_predictions(self, count: int = 6) -> None:
         """Open-loop predictions of every kind: the model sees the first part of each window and imagines the rest."""
@@ -842,7 +859,7 @@ class Trainer:
         tools.save_checkpoint(
             self.logdir / name,
             {
-                "format": 1,
+                "format": FORMAT,
                 "config": self.config.flat(),
                 "counters": counters,
                 **self.agent.checkpoint(),
@@ -851,6 +868,7 @@ class Trainer:
                 "eval_replay": self.eval_replay.state() if self.eval_replay else None,
                 "metrics": {"updates": self.metrics.state(), "episodes": self.episode_metrics.state()},
             },
+            keep="previous.pt" if name == "latest.pt" else "",
         )
         self.saved_at = self.updates
         log.debug(f"Saved {self.logdir / name} at frame {self.frames}, update {self.updates}")
@@ -863,27 +881,59 @@ class Trainer:
             path, given = given, None  # one of its own, such as the best
         if path.exists() and given:
             log.warning(f"{path} is resumed; checkpoint ({self.config.checkpoint}) only starts a new logdir.")
+        if not path.exists() and path.with_name("previous.pt").exists():
+            path = path.with_name("previous.pt")
         if not path.exists():
             if self.config.checkpoint:
-                self.agent.restore(load_run(self.config.checkpoint), weights_only=True)
+                weights = load_run(self.config.checkpoint)
+                with readable(self.config.checkpoint):
+                    self.agent.restore(weights, weights_only=True)
                 log.info(f"Weights from {self.config.checkpoint}")
             return bool(self.replay.steps) and not self.offline
-        state = load_run(path)
-        if path.name != "latest.pt" and self.frames >= self.config.steps:
+        path, state = self._load_latest(path)
+        if path.name not in ("latest.pt", "previous.pt") and self.frames >= self.config.steps:
             raise UserError(
                 f"{path}: the run is at frame {self.frames:,} of {self.config.steps:,.0f}, so that nothing would be "
                 "trained, and its older weights would replace latest.pt: raise --steps."
             )
+        with readable(path):
+            self._restore(state, older=path.name not in ("latest.pt", "previous.pt"))
+        return True
+
+    def _load_latest(self, path: Path) -> tuple[Path, dict]:
+        """A checkpoint and what it holds. Where the latest is damaged, the one before takes its place."""
+        previous = path.with_name("previous.pt")
+        try:
+            return path, load_run(path)
+        except UserError as error:
+            if path.name != "latest.pt" or not previous.exists():
+                raise
+            state = load_run(previous)
+            aside = path.with_name("damaged.pt")
+            log.warning(
+                f"{error} It is {aside.name} now; the run goes on from {previous.name}, of frame "
+                f"{state['counters']['frames']:,}, and makes up for the updates since."
+            )
+            os.replace(path, aside)
+            return previous, state
+
+    def _restore(self, state: dict, older: bool) -> None:
+        """older: the weights are not the newest; what was learned since then is not caught up on."""
         self.agent.restore(state)
         counters = state["counters"]
-        self.updates, self.episodes = counters["updates"], counters["episodes"]
+        self.updates = counters["updates"]
+        self.episodes = counters["episodes"] + (0 if self.offline else self.replay.ended_since(state["replay"]))
         self.saved_at, self.last_return = self.updates, counters["last_return"]
         self.evaluated_at = counters["evaluated_at"]
         if counters["train_start"] is not None:  # else the checkpoint is from the prefill: what came after it counts
             self.train_start = counters["train_start"]
-            if path.name != "latest.pt":  # what was learned since then from newer data is not caught up on
+            was = {key: state["config"].get(key) for key in ("batch_size", "batch_length", "train_ratio")}
+            changed = [key for key in was if was[key] != self.config[key]]
+            if older or changed:
                 trained = (self.updates - self.config.pretrain) * self.trained_steps / self.config.train_ratio
                 self.train_start = self.replay.steps - math.ceil(trained)
+            if changed and not older:
+                log.warning(f"{', '.join(changed)} changed: updates are owed for new steps alone, at the new ratio.")
         best = self.logdir / "best_model.pt"
         known = [counters.get("best", -math.inf)]
         known += [load_run(best)["counters"]["best"]] if self.config.save_best and best.exists() else []
@@ -894,7 +944,6 @@ class Trainer:
         self.replay.load_state(state["replay"])
         if self.eval_replay and state["eval_replay"]:
             self.eval_replay.load_state(state["eval_replay"])
-        return True
 
     def close(self) -> None:
         for envs in (self.envs, self.eval_envs):
@@ -919,13 +968,25 @@ def load_run(path: str | Path) -> dict:
             f"{path}: found the entries {', '.join(map(str, state)) or 'none'}, expected a checkpoint of this program, "
             f"with {', '.join(sorted(missing))} too. Give the latest.pt of a run."
         )
+    if state.get("format", FORMAT) != FORMAT:
+        raise UserError(f"{path}: found format {state['format']}, expected {FORMAT}: it is of another release.")
     return state
 
 
-def make_envs(config: Config, mode: str, count: int) -> VectorEnv:
-    """`count` environments side by side; `mode` is train or eval."""
-    fns = [functools.partial(make_env, config, mode, index) for index in range(count)]
-    return make_vector(fns, config.parallel, seeds=[env_seed(config.seed, mode, index) for index in range(count)])
+@contextlib.contextmanager
+def readable(path: Path | str) -> Iterator[None]:
+    """UserError where a checkpoint lacks a part, or a part is not what it was saved as."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be used: {error}"
+        raise UserError(f"{path}: {what}. It is damaged, or of another release; give another one.") from error
+
+
+def make_envs(config: Config, mode: str, count: int, start: int = 0) -> VectorEnv:
+    """`count` environments side by side; `mode` is train or eval; `start`: see `make_env`."""
+    fns = [functools.partial(make_env, config, mode, index, start) for index in range(count)]
+    return make_vector(fns, config.parallel, [env_seed(config.seed, mode, index, start) for index in range(count)])
 
 
 def play(
@@ -934,21 +995,21 @@ def play(
     episodes: int,
     sample: bool,
     generator: torch.Generator,
-    film: bool = False,
+    film: tools.Film | None = None,
     on_step=None,
     stop=lambda: False,
-) -> tuple[list[float], list[int], dict[str, list[float]], np.ndarray | None]:
-    """Plays `episodes` episodes with the policy. Returns their returns, lengths (agent steps), the environment's own
-    entries (`log_*`) at their ends, and a film of the first.
+) -> tuple[list[float], list[int], dict[str, list[float]]]:
+    """Plays `episodes` episodes with the policy. Returns their returns, lengths (agent steps), and the environment's
+    own entries (`log_*`) at their ends. `film` gets the frames of the first.
 
     Each environment plays its share (some one more), whatever the episodes' lengths: counting the first to finish would
     favour short ones.
     """
     quota = np.array([len(range(env, episodes, envs.num)) for env in range(envs.num)])
     obs, state = envs.reset(), agent.initial(envs.num)
-    total, length, frames = np.zeros(envs.num), np.zeros(envs.num, int), []
+    total, length = np.zeros(envs.num), np.zeros(envs.num, int)
     returns, lengths, entries = [], [], {}
-    filming, patience = film, Patience()
+    filming, patience = film is not None, Patience()
     while (quota > 0).any() and not stop():
         patience.check(returns)
         action, state = agent.policy(obs, state, sample, generator)
@@ -956,9 +1017,7 @@ def play(
             on_step(obs, action)
         if filming:
             frame = obs["image"][0] if is_frame(obs.get("image")) else envs.render(0)
-            filming = frame is not None
-            if filming:
-                frames.append(np.array(frame))
+            filming = frame is not None and add_frame(film, frame)
         obs = envs.step(action)
         total = np.where(obs["is_first"], 0, total + obs["reward"])
         length = np.where(obs["is_first"], 0, length + 1)
@@ -971,7 +1030,18 @@ def play(
             filming = filming and env != 0
         if on_step and not (quota > 0).any():
             on_step(obs, np.zeros_like(action))  # nothing acts on the steps that end the last episodes
-    return returns, lengths, entries, np.stack(frames) if frames else None
+    return returns, lengths, entries
+
+
+def add_frame(film: tools.Film, frame: np.ndarray) -> bool:
+    """False where the film cannot go on: the run matters more."""
+    try:
+        film.add(frame)
+    except UserError as error:
+        log.warning(f"No film of this evaluation: {error}")
+        film.discard()
+        return False
+    return True
 
 
 def is_frame(images: np.ndarray | None) -> bool:
@@ -1024,6 +1094,12 @@ def evaluate_checkpoint(config: Config, modalities: Mapping[str, ModalityConfig]
     own += ("eval_sample", "eval_envs", "parallel")
     trained = config.replace(**state["config"])
     config = trained.replace(**({key: config[key] for key in own} | config.given()))
+    module = config.task.removeprefix("gym_").partition(":")[0] if ":" in config.task else None
+    if module and "task" not in config.given():
+        raise UserError(
+            f"{path} is of the task {config.task}, which imports the module {module}: if you trust where the file is "
+            f"from, give --task {config.task}"
+        )
     if config.task == "none":
         raise UserError(f"{path} was trained on recorded episodes alone: --task NAME says where to play.")
     envs = make_envs(config, "eval", min(config.eval_envs, config.episodes))
@@ -1034,29 +1110,28 @@ def evaluate_checkpoint(config: Config, modalities: Mapping[str, ModalityConfig]
         agent = Dreamer(space, envs.act_space, config, device, modalities)
         agent.restore(state, weights_only=True)
         generator = torch.Generator(device).manual_seed(config.seed)
-        with tools.Shutdown() as shutdown:
-            returns, lengths, _, video = play(
+        frames = state["counters"]["frames"]
+        with tools.Shutdown() as shutdown, tools.Film(path.parent / f"eval-{frames}.mp4", fps=30) as film:
+            returns, lengths, _ = play(
                 agent,
                 envs,
                 config.episodes,
                 config.eval_sample,
                 generator,
-                film=True,
+                film=film,
                 on_step=_check_finite,
                 stop=lambda: shutdown.requested,
             )
+            kept = film.keep() if len(film) and not shutdown.requested else None
     finally:
         envs.close()
     if not returns:
         raise UserError("Stopped before an episode was complete.")
-    frames = state["counters"]["frames"]
     print(f"{path} (frame {frames:,}) on {config.task}, {'sampled actions' if config.eval_sample else 'mode'}:")
     mean, std, length = np.mean(returns), np.std(returns), np.mean(lengths)
     print(f"return {mean:.1f} ± {std:.1f} over {len(returns)} episodes (mean length {length:.0f})")
-    if video is not None:
-        film = path.parent / f"eval-{frames}.mp4"
-        tools.save_mp4(film, video, fps=30)
-        print(f"film of the first: {film}")
+    if kept:
+        print(f"film of the first: {kept}")
 
 
 def _observed_in_training(trained: Config, envs: VectorEnv) -> dict:
@@ -1085,6 +1160,7 @@ def _observed_in_training(trained: Config, envs: VectorEnv) -> dict:
 
 def prepare(config: Config) -> None:
     """What concerns the process as a whole: its log, seeds, threads and memory."""
+    tools.end_with_parent()
     tools.setup_logging(config.log_level, None if config.mode == "eval" else resolve_paths(config).logdir)
     tools.seed_everything(config.seed)
     tools.set_threads(config.threads)

@@ -3,6 +3,7 @@
 `replay.py` keeps pieces of episodes in such files; here is what does not depend on the replay.
 """
 
+import contextlib
 import logging
 import os
 import zipfile
@@ -33,14 +34,21 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the name itself
-        finally:
-            os.close(folder)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes names that were changed in a folder last, where its file system can (SMB and some others cannot)."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    with contextlib.suppress(OSError):
+        os.fsync(folder)
+    os.close(folder)
 
 
 def header_shape(file) -> tuple:

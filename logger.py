@@ -28,6 +28,7 @@ import rich.table
 import torch
 from PIL import Image
 
+from episodes import sync_folder
 from errors import UserError
 
 log = logging.getLogger(__name__)
@@ -112,8 +113,10 @@ def disk_errors(path: Path, needed: int = 0, earlier: str = "") -> Iterator[None
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path, needed: int = 0) -> Iterator[io.BufferedWriter]:
+def atomic_write(path: str | Path, needed: int = 0, keep: str = "") -> Iterator[io.BufferedWriter]:
     """A binary file that takes the place of `path` when the block ends well; otherwise `path` stays as it was.
+
+    keep: the name, in the same folder, that the earlier file goes on under.
 
     Written beside it under a temporary name, synced, renamed, and the folder synced. The name is always the same, so
     that what a killed process left behind is overwritten and never piles up. A failure is a UserError.
@@ -127,16 +130,27 @@ def atomic_write(path: str | Path, needed: int = 0) -> Iterator[io.BufferedWrite
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+            if keep:
+                _keep_as(path, path.with_name(keep))
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
+
+
+def _keep_as(path: Path, kept: Path) -> None:
+    """Gives `path`, if it is there, a second name, so that no moment is without it."""
+    if not path.exists():
+        return
+    second = kept.with_name(f".{kept.name}.tmp")
+    try:
+        second.unlink(missing_ok=True)
+        os.link(path, second)
+        os.replace(second, kept)
+    except OSError:  # no links there: for a moment, the kept name is the only one
+        os.replace(path, kept)
 
 
 # Log lines
@@ -224,47 +238,96 @@ def encode_gif(frames: np.ndarray, fps: float) -> bytes:
     return file.getvalue()
 
 
-def save_mp4(path: str | Path, frames, fps: float) -> Path:
-    """Writes uint8 `[T, H, W, 3]` or `[B, T, H, W, 3]` as H.264 that any player shows; returns the path.
+class Film:
+    """H.264 that any player shows, encoded frame by frame: a film of any length takes the memory of one frame.
+
+        with Film(path, fps=20) as film:
+            film.add(frame)         # uint8 [H, W, 1 or 3], all of one size
+            film.keep()             # now it is at `path`; without this, nothing is left
 
     Small frames are enlarged by a whole factor to at least 256 pixels, odd sizes padded to even by repeating the edge.
+    What comes after `most` frames is left out. `preview` holds the first frames at a size for a GIF.
     Raises UserError where it cannot be written.
     """
-    import imageio.v2 as imageio  # only videos need it
-    import imageio_ffmpeg
 
-    path = Path(path)
-    frames = as_frames(path.name, frames)
-    factor = max(1, math.ceil(256 / max(frames.shape[1:3])))
-    frames = frames.repeat(factor, axis=1).repeat(factor, axis=2)
-    height, width = frames.shape[1:3]
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    temporary = path.with_name(f".tmp-{path.name}")  # the ending chooses the format
-    written = 0
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with imageio.get_writer(
-                temporary,
-                format="FFMPEG",
-                mode="I",
-                fps=fps,
-                codec="libx264",
-                quality=8,
-                macro_block_size=1,
-                ffmpeg_log_level="error",
-            ) as writer:
-                for frame in frames:
-                    writer.append_data(frame)
+    def __init__(self, path: str | Path, fps: float, most: int = 5_000, previewed: int = 500):
+        self.path, self.fps, self.most, self.previewed = Path(path), fps, most, previewed
+        # The same name each time, so that those of killed runs do not pile up; the ending chooses the format.
+        self._temporary = self.path.with_name(f".tmp{self.path.suffix}")
+        self._writer, self._count = None, 0
+        self.preview: list[np.ndarray] = []
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, frame: np.ndarray) -> None:
+        if self._count == self.most:
+            return
+        frame = as_frames(self.path.name, frame[None])[0]
+        if len(self.preview) < self.previewed:
+            step = math.ceil(max(frame.shape[:2]) / 128)
+            self.preview.append(np.array(frame[::step, ::step]))
+        factor = max(1, math.ceil(256 / max(frame.shape[:2])))
+        frame = frame.repeat(factor, axis=0).repeat(factor, axis=1)
+        height, width = frame.shape[:2]
+        frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        with disk_errors(self.path):
+            if self._writer is None:
+                self._writer = self._open()
+            self._writer.append_data(frame)
+        self._count += 1
+        if self._count == self.most:
+            log.info("%s ends after %d frames", self.path.name, self.most)
+
+    def _open(self):
+        import imageio.v2 as imageio  # only films need it
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        options = dict(format="FFMPEG", mode="I", fps=self.fps, codec="libx264", quality=8, macro_block_size=1)
+        return imageio.get_writer(self._temporary, ffmpeg_log_level="error", **options)
+
+    def keep(self) -> Path:
+        """Puts the film where it belongs; returns the path."""
+        import imageio_ffmpeg
+
+        with disk_errors(self.path):
+            self._end()
+            written = 0
             # The encoder's own failure at its last write (a full disk) raises nothing above.
             with contextlib.suppress(RuntimeError):
-                written = imageio_ffmpeg.count_frames_and_secs(str(temporary))[0]
-            if written != len(frames):
+                written = imageio_ffmpeg.count_frames_and_secs(str(self._temporary))[0]
+            if written != self._count:
                 raise OSError("the encoder stopped early")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return path
+            os.replace(self._temporary, self.path)
+        return self.path
+
+    def discard(self) -> None:
+        """Leaves nothing, unless it was kept."""
+        self._count = 0
+        with contextlib.suppress(OSError):
+            self._end()
+        with contextlib.suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
+
+    def _end(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.discard()
+
+
+def save_mp4(path: str | Path, frames, fps: float) -> Path:
+    """Writes uint8 `[T, H, W, 3]` or `[B, T, H, W, 3]` (side by side) as a `Film`; returns the path."""
+    frames = as_frames(Path(path).name, frames)
+    with Film(path, fps, most=len(frames), previewed=0) as film:
+        for frame in frames:
+            film.add(frame)
+        return film.keep()
 
 
 # Scalars
@@ -385,6 +448,18 @@ class Logger:
     def video(self, name: str, frames) -> None:
         """uint8 `[T, H, W, 3]`, or `[B, T, H, W, 3]`: B videos side by side."""
         self._media.append(("video", name, as_frames(name, frames)))
+
+    def new_film(self, name: str, step: int) -> Film:
+        """A film to be filled, and then given to `film`."""
+        return Film(self._media_path("videos", name, step, "mp4"), self.fps)
+
+    def film(self, name: str, film: Film) -> None:
+        """What `new_film` gave, with its frames."""
+        if not len(film):
+            return
+        if self.mp4:
+            self._keep(film.keep)
+        self._media.append(("preview", name, np.stack(film.preview)))
 
     def histogram(self, name: str, values) -> None:
         """Any number of values of any shape; those that are not finite are left out."""
@@ -532,7 +607,7 @@ class Logger:
                 writer.add_text(name, value, step)
             elif kind == "audio":
                 writer.add_audio(name, torch.from_numpy(value[0])[None], step, sample_rate=value[1])
-            elif kind == "video":  # add_video needs an older moviepy; an animated GIF plays as an image
+            elif kind in ("video", "preview"):  # add_video needs an older moviepy; an animated GIF plays as an image
                 height, width = value.shape[1:3]
                 gif = Summary.Image(
                     height=height, width=width, colorspace=3, encoded_image_string=encode_gif(value, self.fps)
@@ -541,8 +616,12 @@ class Logger:
         writer.flush()
 
     def _write_mp4(self, step: int, name: str, frames: np.ndarray) -> None:
+        self._keep(save_mp4, self._media_path("videos", name, step, "mp4"), frames, self.fps)
+
+    @staticmethod
+    def _keep(write: Callable, *args) -> None:
         try:
-            save_mp4(self._media_path("videos", name, step, "mp4"), frames, self.fps)
+            write(*args)
         except UserError as error:  # the run matters more than its videos
             log.warning("%s", error)
 
@@ -592,7 +671,7 @@ class Logger:
                 data[name] = wandb.Html(f"<pre>{html.escape(value)}</pre>")
             elif kind == "audio":
                 data[name] = wandb.Audio(str(save_wav(self._media_path("audio", name, step, "wav"), *value)))
-            elif kind == "video":
+            elif kind in ("video", "preview"):
                 data[name] = wandb.Video(io.BytesIO(encode_gif(value, self.fps)), format="gif")
         self._wandb.log(data)
 

@@ -48,6 +48,7 @@ import logging
 import os
 import re
 import shutil
+import time
 import zipfile
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -185,6 +186,7 @@ class _Stream:
         self.partial: str | None = None  # file in which a flush put the piece that fills
         self.partial_stop = 0
         self.pending: list[_Piece] = []  # finished, not on disk yet
+        self.cut: set[int] = set()  # positions that end an episode because nothing follows
 
     def __len__(self) -> int:
         return self.end - self.begin
@@ -232,6 +234,7 @@ class _Stream:
         if keys["is_last"].array[row]:
             return False
         keys["is_last"].array[row], keys["action"].array[row] = True, 0
+        self.cut.add(self.end - 1)
         return True
 
     def finish_piece(self) -> None:
@@ -708,6 +711,7 @@ class Replay:
     def _load(self, stored: dict[int, list[_Stored]]) -> None:
         """Read the newest `capacity` steps of these files; count the rest."""
         own = [ident for ident in sorted(stored) if ident != OLDER]
+        self._reading = _Reading(self.directory, sum(map(len, stored.values())))
         lengths = {ident: sum(piece.length for piece in stored[ident]) for ident in stored}
         rows = dict(zip(own, _share([lengths[ident] for ident in own], self.capacity), strict=True))
         if OLDER in stored:  # what another port recorded came before what this one did
@@ -793,6 +797,7 @@ class Replay:
         kept: list[_Stored] = []
         previous, position = None, 0
         for piece in stored:
+            self._reading.one_more()
             if skip < piece.length:
                 data = self._read(piece)
                 if data is None:
@@ -904,6 +909,15 @@ class Replay:
             "counts": {key: int(self._counts[key]) for key in SAVED},
         }
 
+    def ended_since(self, state: dict) -> int:
+        """Episodes that ended in steps that are newer than `state`, without those that were cut."""
+        ended = 0
+        for ident, stream in self._streams.items():
+            since = max(stream.begin, state["streams"].get(str(ident), {"end": 0})["end"])
+            last = np.flatnonzero(stream.read("is_last", since, stream.end)) + since if since < stream.end else ()
+            ended += sum(int(position) not in stream.cut for position in last)
+        return ended
+
     def load_state(self, state: dict) -> None:
         """Continue as the replay that gave `state`.
 
@@ -950,6 +964,30 @@ class Replay:
         return schema
 
 
+class _Reading:
+    """Says how far a long reading of many files has come."""
+
+    def __init__(self, directory: Path | None, total: int, seconds: float = 5.0):
+        self._directory, self._total, self._seconds = directory, total, seconds
+        self._done, self._next = 0, time.monotonic() + seconds
+
+    def one_more(self) -> None:
+        self._done += 1
+        if time.monotonic() > self._next:
+            self._next = time.monotonic() + self._seconds
+            log.info("Reading %s: %d of %d files", self._directory, self._done, self._total)
+
+
+def episodes_begun(directory: Path) -> int:
+    """Episodes that streams have begun in a directory, by the files' names; grows with every one that is stored."""
+    last: dict[str, int] = {}
+    for name in os.listdir(directory) if directory.is_dir() else ():
+        if match := NAME.fullmatch(name):
+            stream, episode = match[1], int(match[2])
+            last[stream] = max(episode + 1, last.get(stream, 0))
+    return sum(last.values())
+
+
 def _raise_unless_damaged(path: Path, error: Exception) -> None:
     """StorageError for a failure of the machine: no memory, no more open files, a disk or a network that fails.
 
@@ -962,7 +1000,7 @@ def _raise_unless_damaged(path: Path, error: Exception) -> None:
     if failed:
         reason = getattr(error, "strerror", None) or str(error) or "not enough memory"
         raise StorageError(
-            f"Could not read {path}: {reason}. The file is left as it is. Once that is mended, the same command goes on."
+            f"Could not read {path}: {reason}. It is left as it is. Once that is mended, the same command goes on."
         ) from error
 
 

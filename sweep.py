@@ -3,6 +3,7 @@
 import fnmatch
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -50,14 +51,22 @@ def run_all(trials: list[dict], program: Path, flags: Sequence[str], parallel: i
         # With its end of line in one piece: threads write here.
         print(f"{folder.name} of {len(trials)} begins ({values}): {folder / 'output.txt'}\n", end="", flush=True)
         with (folder / "output.txt").open("w") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-            while True:
-                try:
-                    return process.wait(0.2)
-                except subprocess.TimeoutExpired:
-                    if shutdown.requested and not told:
-                        process.terminate()
-                        told = True
+            # It ends when this end of its stdin closes: with this program, however that ends.
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"DREAMER_PARENT": "1"},
+            )
+            with process.stdin:
+                while True:
+                    try:
+                        return process.wait(0.2)
+                    except subprocess.TimeoutExpired:
+                        if shutdown.requested and not told:
+                            process.terminate()
+                            told = True
 
     with Shutdown() as shutdown, ThreadPoolExecutor(parallel) as pool:
         codes = list(pool.map(run, range(len(trials))))

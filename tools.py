@@ -28,11 +28,12 @@ from torch import nn
 
 from episodes import sample_episodes
 from errors import UserError
-from logger import Logger, Progress, atomic_write, disk_errors, format_duration, human, save_mp4, setup_logging
+from logger import Film, Logger, Progress, atomic_write, disk_errors, format_duration, human, save_mp4, setup_logging
 from replay import Replay
 
 __all__ = [
     "Every",
+    "Film",
     "Logger",
     "Metrics",
     "Progress",
@@ -43,6 +44,7 @@ __all__ = [
     "atomic_write",
     "describe_checkpoint",
     "enable_deterministic_run",
+    "end_with_parent",
     "format_duration",
     "human",
     "load_checkpoint",
@@ -162,8 +164,10 @@ def _leaves(value, path: str = "") -> Iterator[tuple[str, object]]:
         yield from _leaves(inner, f"{path}/{key}" if path else str(key))
 
 
-def save_checkpoint(path: str | Path, content: dict) -> None:
+def save_checkpoint(path: str | Path, content: dict, keep: str = "") -> None:
     """Writes nested dictionaries, lists and tuples of tensors and plain values, so that `path` is always a whole file.
+
+    keep: the name beside it that an earlier file goes on under.
 
     Raises TypeError for what `load_checkpoint` could not read back (found now, not at the resume), and UserError where
     it cannot be written (a full disk); the earlier file is intact then.
@@ -175,8 +179,27 @@ def save_checkpoint(path: str | Path, content: dict) -> None:
             storages[storage.data_ptr()] = storage.nbytes()
         elif type(leaf) not in _PLAIN:
             raise TypeError(f"Checkpoint entry {key} is a {type(leaf).__name__}, expected a tensor or a plain value.")
-    with atomic_write(path, sum(storages.values())) as file:
-        torch.save(content, file)
+    with atomic_write(path, sum(storages.values()), keep) as file:
+        watched = _Watched(file)
+        try:
+            torch.save(content, watched)
+        except RuntimeError as error:
+            raise watched.error or error from None  # torch hides the reason behind an error of its own
+
+
+class _Watched:
+    """A file that remembers the error of a write."""
+
+    def __init__(self, file):
+        self._file, self.error = file, None
+        self.flush = file.flush
+
+    def write(self, data) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
@@ -323,6 +346,23 @@ class Shutdown:
         # Not print: the signal may have interrupted a print, which cannot be entered twice.
         with contextlib.suppress(OSError):
             os.write(2, b"\nsaving, press Ctrl-C again to stop at once\n")
+
+
+def end_with_parent() -> None:
+    """Ends this run, as SIGTERM does, when the program that started it is gone, however that ended.
+
+    Such a program sets DREAMER_PARENT and holds the other end of stdin. Elsewhere this does nothing.
+    """
+    if os.environ.pop("DREAMER_PARENT", None) is None:
+        return
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 1):  # not sys.stdin: its lock would be held when Python ends
+                pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def lock_folder(folder: Path) -> io.TextIOBase:

@@ -117,11 +117,11 @@ class Session:
         run.folder.mkdir(parents=True, exist_ok=True)
         self.before = run.record["wall_s"]
         self.output = run.folder / "output.txt"
-        threads = {"OMP_NUM_THREADS": str(run.threads)}
+        variables = {"OMP_NUM_THREADS": str(run.threads), "DREAMER_PARENT": "1"} | run.variables
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(
-                run.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env=os.environ | threads | run.variables, start_new_session=True,
+                run.command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
+                env=os.environ | variables, start_new_session=True,
             )  # fmt: skip
         self.start = self.noted = time.monotonic()
         run.save(status="running", sessions=run.record["sessions"] + 1)
@@ -152,6 +152,7 @@ class Session:
                 self.run.save(wall_s=self.before + self.seconds)
             return False
         code = self.process.returncode = os.waitstatus_to_exitcode(status)
+        self.process.stdin.close()
         self._clear()
         cpu = self.run.record["cpu_s"] + usage.ru_utime + usage.ru_stime
         self.run.save(wall_s=self.before + self.seconds, cpu_s=cpu, status=self._status(code), code=code)

@@ -16,7 +16,6 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from . import gym_env
 from .gym_env import GymEnv
 from .text import TokenizeText
 from .wrappers import (
@@ -74,11 +73,12 @@ def register_env(name: str, factory) -> None:
     _registry[name] = factory
 
 
-def make_env(config, mode: str = "train", index: int = 0) -> Env:
+def make_env(config, mode: str = "train", index: int = 0, start: int = 0) -> Env:
     """The environment of `config.task` with every wrapper applied.
 
     config: has task, seed, action_repeat, time_limit (frames), image_size and the sections of the suites.
-    mode: 'train' or 'eval'. index: number of this environment; seed, mode and index decide its randomness.
+    mode: 'train' or 'eval'. index: number of this environment. start: what tells the starts of one run apart. Seed,
+    mode, index and start decide its randomness.
     Its `step` takes one vector [A] (see wrappers.NormalizeAction, OneHotAction, MultiOneHotAction).
 
     Errors: TaskError, one line, for a task that does not exist or whose package is missing.
@@ -88,7 +88,7 @@ def make_env(config, mode: str = "train", index: int = 0) -> Env:
     if sys.platform.startswith("linux"):
         # MuJoCo picks a windowed renderer unless told; without a screen that fails, EGL renders on GPU and CPU alike.
         os.environ.setdefault("MUJOCO_GL", "egl")
-    seed = env_seed(config.seed, mode, index)
+    seed = env_seed(config.seed, mode, index, start)
     env = Exclusive(_create(config, mode, index, seed), config.task)
     try:
         return _wrap(env, config, seed, speaks=mode == "train" and index == 0)
@@ -97,9 +97,9 @@ def make_env(config, mode: str = "train", index: int = 0) -> Env:
         raise
 
 
-def env_seed(seed: int, mode: str, index: int) -> int:
-    """One seed (31 bits) per environment: those of neighbouring seeds, modes and indices are unrelated."""
-    sequence = np.random.SeedSequence([int(seed), MODES.index(mode), int(index)])
+def env_seed(seed: int, mode: str, index: int, start: int = 0) -> int:
+    """One seed (31 bits) per environment: those of neighbouring seeds, modes, indices and starts are unrelated."""
+    sequence = np.random.SeedSequence([int(seed), MODES.index(mode), int(index), *([int(start)] if start else [])])
     return int(sequence.generate_state(1)[0] >> 1)
 
 
@@ -132,19 +132,18 @@ def _gymnasium_specs():
         if isinstance(entry, str) and entry.startswith("__main__:"):
             entry = getattr(main, entry.partition(":")[2], entry)
         if callable(entry) or (isinstance(entry, str) and not entry.startswith(PACKAGED)):
-            own[f"gym_{name}"] = _FromSpec(dataclasses.replace(spec, entry_point=entry))
+            own[f"gym_{name}"] = _Spec(dataclasses.replace(spec, entry_point=entry))
     return own
 
 
-class _FromSpec:
-    """A factory: `gym_env.load` of an id that is registered first."""
+class _Spec:
+    """Stands for a factory: an id that this process has to register with gymnasium first."""
 
     def __init__(self, spec):
         self._spec = spec
 
-    def __call__(self, config, mode, index):
+    def register(self):
         gymnasium.registry.setdefault(self._spec.id, self._spec)
-        return gym_env.load(config, mode, self._spec.id, env_seed(config.seed, mode, index))
 
 
 def dumps(value) -> bytes:
@@ -174,7 +173,9 @@ def _create(config, mode, index, seed):
     if task in _registry:
         factory = _registry[task]
         factory = pickle.loads(factory) if isinstance(factory, bytes) else factory
-        return _adapt(_call(factory, (config, mode, index)), seed, task)
+        if not isinstance(factory, _Spec):
+            return _adapt(_call(factory, (config, mode, index)), seed, task)
+        factory.register()
     suite, _, name = task.partition("_")
     if suite not in SUITES or not name:
         raise TaskError(_unknown(task))

@@ -400,7 +400,8 @@ def test_a_folder_that_cannot_be_used(tmp_path):
         assert f"Could not write {tmp_path / 'file' / 'below'}" in text and "Not a directory" in text
 
 
-def test_a_damaged_checkpoint_is_one_line(begun):
+def test_a_damaged_checkpoint_without_an_earlier_one_is_one_line(begun):
+    (begun / "previous.pt").unlink(missing_ok=True)
     path = begun / "latest.pt"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
@@ -506,6 +507,153 @@ def test_nan_in_an_observation_is_found_when_it_is_stored(tmp_path):
     register_env("toy", lambda config, mode, index: Toy(nan_at=4 if index == 1 else None))
     text = fail(*BARE, "--task", "toy", "--logdir", tmp_path)
     assert "observation 'vector' from stream 1 (environment 1), step 4 of the stream, episode 0: found nan" in text
+
+
+# What a resumed run finds
+
+POLE = [*BARE, *"--task gym_CartPole-v1 --train_ratio 8 --log_every 50 --save_every 50".split()]
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path):
+    succeed(*POLE, "--steps", 200, "--logdir", tmp_path)
+    before = tools.load_checkpoint(tmp_path / "previous.pt")["counters"]
+    os.truncate(tmp_path / "latest.pt", 1000)
+    out = succeed(*POLE, "--steps", 250, "--logdir", tmp_path)
+    said = next(line for line in out.splitlines() if "damaged.pt" in line)
+    assert "latest.pt: damaged" in said and f"goes on from previous.pt, of frame {before['frames']:,}" in said
+    assert os.path.getsize(tmp_path / "damaged.pt") == 1000
+    now = tools.load_checkpoint(tmp_path / "latest.pt")["counters"]
+    assert now["updates"] == max(row["train/updates"] for row in metrics(tmp_path)) > before["updates"]
+    (tmp_path / "latest.pt").unlink()  # as a crash between two renames would leave it
+    assert f"Resuming at frame {now['frames']}" in succeed(*POLE, "--steps", 300, "--logdir", tmp_path)
+
+
+def test_no_moment_is_without_a_checkpoint(tmp_path, monkeypatch):
+    """Whichever rename or link a crash comes before: one of the two is whole."""
+    path = tmp_path / "latest.pt"
+    tools.save_checkpoint(path, {"n": 1}, keep="previous.pt")
+    tools.save_checkpoint(path, {"n": 2}, keep="previous.pt")
+    assert [tools.load_checkpoint(tmp_path / name)["n"] for name in ("latest.pt", "previous.pt")] == [2, 1]
+
+    class Crash(BaseException):
+        pass
+
+    calls = []
+
+    def crash(*args, real=os.replace):
+        if len(calls) == crash.at:
+            raise Crash
+        calls.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(os, "replace", crash)
+    for crash.at in (0, 1):
+        calls.clear()
+        with pytest.raises(Crash):
+            tools.save_checkpoint(path, {"n": 3}, keep="previous.pt")
+        assert tools.load_checkpoint(path)["n"] == 2
+    crash.at = -1
+    monkeypatch.setattr(os, "link", lambda *_: exec("raise OSError('no links here')"))
+    tools.save_checkpoint(path, {"n": 4}, keep="previous.pt")
+    assert [tools.load_checkpoint(tmp_path / name)["n"] for name in ("latest.pt", "previous.pt")] == [4, 2]
+
+
+@pytest.mark.parametrize(("key", "value", "per_100"), [("batch_size", 8, 12.5), ("train_ratio", 2, 6.25)])
+def test_another_ratio_owes_updates_for_new_steps_alone(tmp_path, key, value, per_100):
+    flags = [*POLE, "--batch_size", 4, "--batch_length", 8]
+    succeed(*flags, "--steps", 300, "--logdir", tmp_path)
+    before = metrics(tmp_path)[-1]
+    out = succeed(*flags, f"--{key}", value, "--force", "true", "--steps", 500, "--logdir", tmp_path)
+    assert f"WARNING - {key} changed: updates are owed for new steps alone" in out
+    rows = [row for row in metrics(tmp_path) if row["step"] > before["step"]]
+    for row in rows:
+        expected = before["train/updates"] + (row["step"] - before["step"]) * per_100 / 100
+        assert row["train/updates"] == pytest.approx(expected, abs=2)
+    assert len(rows) >= 3
+
+
+def test_an_interrupted_evaluation_is_made_up(tmp_path):
+    register_env("toy", lambda: Toy(length=10))
+    flags = ["--task", "toy", "--eval_every", 40, "--eval_episode_num", 2, "--eval_envs", 1, "--steps", 100]
+    with contextlib.closing(make_trainer(tmp_path, *flags)) as trainer:
+        act = trainer.agent.policy
+
+        def policy(*args, **kwargs):
+            if trainer.evaluated_at is None and trainer.frames >= 40:
+                trainer.shutdown.requested = True
+            return act(*args, **kwargs)
+
+        trainer.agent.policy = policy
+        trainer.run()
+        assert trainer.evaluated_at is None and 40 <= trainer.frames < 60
+        stopped = trainer.frames
+    with contextlib.closing(make_trainer(tmp_path, *flags)) as trainer:
+        trainer.run()
+    evaluated = [row["step"] for row in metrics(tmp_path) if "eval/return" in row]
+    assert len(evaluated) == 3 and stopped <= evaluated[0] < stopped + 5 and 80 <= evaluated[1] < 85
+
+
+def test_starts_of_a_run_do_not_repeat_each_other(tmp_path):
+    first = {}
+    for steps in (60, 120, 180):
+        succeed(*POLE, "--prefill", 1000, "--steps", steps, "--save_every", 10_000, "--logdir", tmp_path)
+        (tmp_path / "latest.pt").unlink()  # as if each had been killed: nothing of the generators is left
+        (tmp_path / "previous.pt").unlink(missing_ok=True)
+        for path in (tmp_path / "train_eps").glob("*.npz"):
+            with np.load(path) as piece:
+                first.setdefault(path.name, piece["vector"][0].tobytes() + piece["action"][0].tobytes())
+    assert len(first) > 6 and len(set(first.values())) == len(first)
+
+
+def test_episodes_that_ended_after_the_checkpoint_are_counted(tmp_path):
+    register_env("toy", lambda: Toy(length=10))
+    flags = ["--task", "toy", "--prefill", 40, "--train_ratio", 4]
+    with contextlib.closing(make_trainer(tmp_path, *flags, "--steps", 55)) as trainer:
+        trainer.run()
+        assert trainer.episodes == 2 * 2
+    checkpoint = (tmp_path / "latest.pt").read_bytes()
+    with contextlib.closing(make_trainer(tmp_path, *flags, "--steps", 120)) as trainer:
+        trainer.run()
+        episodes = trainer.episodes
+    (tmp_path / "latest.pt").write_bytes(checkpoint)  # it was killed before it saved, its pieces are there
+    with contextlib.closing(make_trainer(tmp_path, *flags, "--steps", 200)) as trainer:
+        assert trainer.episodes == episodes > 4
+
+
+def test_a_checkpoint_of_a_task_that_imports_is_not_played_unasked(tmp_path):
+    succeed(*POLE, "--steps", 60, "--logdir", tmp_path)
+    state = tools.load_checkpoint(tmp_path / "latest.pt")
+    state["config"]["task"] = "gym_antigravity:CartPole-v1"
+    tools.save_checkpoint(tmp_path / "other.pt", state)
+    sys.modules.pop("antigravity", None)
+    text = fail("--mode", "eval", "--checkpoint", tmp_path / "other.pt", "--parallel", "serial")
+    assert "imports the module antigravity" in text and "--task gym_antigravity:CartPole-v1" in text
+    assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("part", "found"),
+    [("config", "config"), ("counters/updates", "updates"), ("generators", "generators"), ("replay/queue", "queue")],
+)
+def test_a_checkpoint_without_a_part_is_one_line(tmp_path, part, found):
+    succeed(*POLE, "--steps", 60, "--logdir", tmp_path)
+    state = tools.load_checkpoint(tmp_path / "latest.pt")
+    *path, last = part.split("/")
+    holder = state
+    for key in path:
+        holder = holder[key]
+    del holder[last]
+    tools.save_checkpoint(tmp_path / "latest.pt", state)
+    (tmp_path / "previous.pt").unlink(missing_ok=True)
+    assert found in fail(*POLE, "--steps", 100, "--logdir", tmp_path)
+
+
+def test_a_checkpoint_of_another_format_is_one_line(tmp_path):
+    succeed(*POLE, "--steps", 60, "--logdir", tmp_path)
+    state = tools.load_checkpoint(tmp_path / "latest.pt")
+    tools.save_checkpoint(tmp_path / "latest.pt", state | {"format": 7})
+    (tmp_path / "previous.pt").unlink(missing_ok=True)
+    assert "found format 7, expected 1" in fail(*POLE, "--steps", 100, "--logdir", tmp_path)
 
 
 @pytest.mark.parametrize("how", ["raises", "nan", "killed"])
@@ -1434,15 +1582,17 @@ def test_evaluation_plays_whole_episodes_with_the_mode(sample, tmp_path):
     assert whole == [6, 6, 10]  # the last step is there too
 
 
-def test_play_films_the_first_episode():
+def test_play_films_the_first_episode(tmp_path):
     register_env("toy", lambda config, mode, index: Toy(length=5, frame=(16, 16)))
     config = configuration.load([*BARE, *"--task toy --image_size 16 16 --*.mults 2 4".split()])
     vector = make_envs(config, "eval", 2)
-    with contextlib.closing(vector):
+    with contextlib.closing(vector), tools.Film(tmp_path / "film.mp4", fps=20) as film:
         agent = Dreamer(vector.obs_space, vector.act_space, config)
-        returns, lengths, _, film = play(agent, vector, 5, False, torch.Generator().manual_seed(0), film=True)
+        returns, lengths, _ = play(agent, vector, 5, False, torch.Generator().manual_seed(0), film=film)
+        assert len(film) == len(film.preview) <= 6 and film.keep().exists()
     assert returns == [5.0] * 5 and lengths == [5] * 5
-    assert film[:5, 0, 0, 0].tolist() == [0, 1, 2, 3, 4] and len(film) <= 6
+    assert [frame[0, 0, 0] for frame in film.preview[:5]] == [0, 1, 2, 3, 4]
+    assert [path.name for path in tmp_path.iterdir()] == ["film.mp4"]
 
 
 def test_evaluating_more_often_changes_nothing_in_training(tmp_path):

@@ -258,6 +258,23 @@ def test_a_sweep_that_is_stopped_ends_what_runs_and_starts_no_more(tmp_path):
     assert output.strip().endswith("not run") and not (tmp_path / "checkpoints" / "trial001").exists()
 
 
+def test_the_trials_of_a_sweep_that_is_killed_save_and_end(tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(DEBUG | {"steps": 100_000, "eval_every": 0, "seed": [0, 1]}))
+    command = [sys.executable, str(ROOT / "run_dreamer.py"), "--config", str(file)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    trial, end = tmp_path / "checkpoints" / "trial000", time.time() + 200
+    while not any(trial.glob("train_eps/*.npz")):
+        assert process.poll() is None and time.time() < end
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while "Stopped at frame" not in (trial / "output.txt").read_text():
+        assert time.time() < end
+        time.sleep(0.05)
+    assert (trial / "latest.pt").exists()
+
+
 def test_an_environment_of_ones_own(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("import gymnasium\n\ndef create_custom_env():\n    return gymnasium.make('CartPole-v1')\n")

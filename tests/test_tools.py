@@ -21,6 +21,7 @@ import types
 from pathlib import Path
 
 import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -294,6 +295,39 @@ def test_mp4_that_cannot_be_written_is_a_clear_error(tmp_path):
     with tools.Logger(tmp_path) as logger:  # and no reason to end a run
         logger.video("v", moving_square())
         logger.write(1)
+
+
+def test_a_film_is_cut_at_its_length_and_takes_the_place_of_what_a_killed_run_left(tmp_path):
+    (tmp_path / ".tmp.mp4").write_bytes(b"half a film")
+    with tools.Film(tmp_path / "v.mp4", fps=20, most=30, previewed=10) as film:
+        for frame in np.random.default_rng(0).integers(0, 255, (50, 300, 200, 3), np.uint8):
+            film.add(frame)
+        assert len(film) == 30 and len(film.preview) == 10
+        assert film.preview[0].shape == (100, 67, 3)  # every third pixel
+        film.keep()
+    assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
+    assert imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "v.mp4"))[0] == 30
+
+
+def test_a_film_that_is_not_kept_leaves_nothing(tmp_path):
+    with tools.Film(tmp_path / "videos" / "v.mp4", fps=20) as film:
+        film.add(np.zeros((16, 16, 3), np.uint8))
+    assert not list((tmp_path / "videos").iterdir())
+
+
+def test_a_long_film_takes_no_more_memory_than_a_short_one(tmp_path):
+    code = """
+        import sys, numpy as np, psutil, tools
+        memory = psutil.Process().memory_info
+        with tools.Film(sys.argv[1], fps=20) as film:
+            for n in range(3000):
+                film.add(np.full((64, 64, 3), n % 256, np.uint8))
+                if n == 600:
+                    before = memory().rss
+        print(memory().rss - before)
+    """
+    process = python(code, tmp_path / "v.mp4", stdout=subprocess.PIPE)
+    assert int(process.communicate(timeout=100)[0]) < 20 * 2**20
 
 
 def test_mp4_that_the_disk_cuts_short_is_not_kept(tmp_path):
