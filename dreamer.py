@@ -37,8 +37,8 @@ from episodes import infer_spaces
 from errors import UserError
 from exploration import Random, make_explorer, task_rewards
 from feed import Feed
+from files import disk_errors
 from hierarchy import Hierarchy
-from logger import disk_errors
 from metagrad import OneStep
 from modalities import ModalityConfig, vector
 from models import Behavior, ImagBehavior, WorldModel, total_loss
@@ -535,7 +535,8 @@ class Trainer:
         if self.offline:
             return Replay.offline(config.offline_traindir, capacity=config.dataset_size, **options)
         with disk_errors(Path(config.traindir)):
-            return Replay(Path(config.traindir), capacity=config.dataset_size, streams=config.envs, **options)
+            options |= {"capacity": config.dataset_size, "streams": config.envs, "keep": config.keep_on_disk}
+            return Replay(Path(config.traindir), **options)
 
     def _frames(self) -> Callable:
         """Where the replay keeps images, see `replay_device`."""
@@ -558,7 +559,8 @@ class Trainer:
         if not self.evaluates:
             return None
         with disk_errors(Path(config.evaldir)):
-            return Replay(Path(config.evaldir), capacity=capacity, streams=config.eval_envs, online=False, **options)
+            options |= {"capacity": capacity, "streams": config.eval_envs, "keep": config.keep_on_disk}
+            return Replay(Path(config.evaldir), online=False, **options)
 
     def _make_logger(self) -> tools.Logger:
         config = self.config

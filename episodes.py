@@ -3,7 +3,6 @@
 `replay.py` keeps pieces of episodes in such files; here is what does not depend on the replay.
 """
 
-import contextlib
 import logging
 import os
 import zipfile
@@ -11,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+
+from files import sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +39,6 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Makes names that were changed in a folder last, where its file system can (SMB and some others cannot)."""
-    try:
-        folder = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    with contextlib.suppress(OSError):
-        os.fsync(folder)
-    os.close(folder)
 
 
 def header_shape(file) -> tuple:

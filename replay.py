@@ -58,6 +58,7 @@ from typing import NamedTuple
 import numpy as np
 
 from episodes import FLAGS, RESERVED, ReplayError, align_actions, as_vectors, header_shape, read_flags, write_npz
+from ledger import Ledger
 from storage import HostRows
 
 log = logging.getLogger(__name__)
@@ -263,6 +264,8 @@ class Replay:
     action_repeat: frames per agent step, for `frames`.
     online: serve new windows once first.
     piece: steps of a file, at most (fewer if the memory is very small).
+    keep: steps that the directory may hold, the oldest pieces are removed beyond; 0: all. What other ports recorded
+        stays, and counts for nothing here.
     read_only: never write to the directory; damaged files are skipped and counted.
     frames: where images (uint8 [H, W, C]) are kept, `frames(rows, shape, dtype)`: `storage.HostRows`, or DeviceRows on
         some device; batches then hold tensors there.
@@ -284,6 +287,7 @@ class Replay:
         action_repeat: int = 1,
         online: bool = True,
         piece: int = 1024,
+        keep: int = 0,
         read_only: bool = False,
         frames: Callable = HostRows,
     ):
@@ -297,7 +301,7 @@ class Replay:
         self.directory = Path(directory) if directory is not None else None
         self.capacity, self.length, self.streams = int(capacity), int(length), int(streams)
         self.action_size, self.action_repeat = int(action_size), int(action_repeat)
-        self.online, self.read_only, self.latent = online, read_only, latent
+        self.online, self.read_only, self.latent, self.keep = online, read_only, latent, int(keep)
         self._obs = {key: _kept(key, space) for key, space in spaces.items()}
         self._schema = self._make_schema()
         # A slot is a quarter of a stream's share at most. A stream whose oldest slot is not written yet then holds
@@ -311,6 +315,9 @@ class Replay:
         self._counts = dict.fromkeys((*SAVED, "corrupt", "gaps", "abandoned"), 0)
         if self.directory is not None and not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
+        self._files: dict[int, deque[_Stored]] = {}  # of each stream, whole pieces, oldest first
+        self._filed = 0  # steps that they hold
+        self._ledger = Ledger(self.directory) if self.directory is not None else None
         stored = self._scan() if self.directory is not None else {}
         ids = list(dict.fromkeys([*range(self.streams), *sorted(stored)]))
         most = self.capacity + self.streams  # a step of every stream is stored before old ones go
@@ -670,8 +677,31 @@ class Replay:
         if self.directory is None:
             stream.pending.clear()
         while stream.pending:  # a piece leaves the list only once it is safe
-            self._write(stream, stream.pending[0])
+            piece = stream.pending[0]
+            self._write(stream, piece)
             stream.pending.pop(0)
+            self._filed += piece.stop - piece.start
+            path = self.directory / piece.name(stream.id)
+            stored = _Stored(path, stream.id, piece.episode, piece.piece, piece.stop - piece.start)
+            self._files.setdefault(stream.id, deque()).append(stored)
+            self._prune()
+
+    def _prune(self) -> None:
+        """Removes the oldest pieces of the streams that have most of them, many at once: the ledger is synced."""
+        if not self.keep or self._filed <= self.keep:
+            return
+        held = {ident: sum(piece.length for piece in files) for ident, files in self._files.items()}
+        old = []
+        while self._filed > self.keep - min(self.keep // 20, 10 * SLOT):
+            ident = max(held, key=held.__getitem__)
+            piece = self._files[ident].popleft()
+            held[ident] -= piece.length
+            self._filed -= piece.length
+            self._ledger.add(ident, piece.episode, piece.piece, piece.length)
+            old.append(piece.path)
+        self._ledger.write()
+        for path in old:
+            path.unlink(missing_ok=True)
 
     def _write(self, stream: _Stream, piece: _Piece) -> None:
         arrays = self._piece_arrays(stream, piece)
@@ -720,11 +750,23 @@ class Replay:
             stream = self._streams[ident]
             kept = self._load_stream(stream, stored[ident], rows[ident])
             self._entries += len(stream)
-            self._steps += sum(piece.steps for piece in kept)
-            self._episodes += len({piece.episode for piece in kept})
+            removed = self._ledger.of(ident)
+            self._steps += sum(piece.steps for piece in kept) + removed.steps
+            self._episodes += len({piece.episode for piece in kept} - {removed.episode}) + removed.episodes
             stream.episode = max(piece.episode for piece in stored[ident])
+            if ident != OLDER:
+                self._files[ident] = deque(kept)
+                self._filed += sum(piece.length for piece in kept)
             stream.piece_start = stream.end
             stream.next_online = max(stream.begin, stream.end - 1)
+        self._steps += self._ledger.lost if self._ledger else 0
+        for ident, removed in self._ledger.removed.items() if self._ledger else ():
+            if ident not in stored:  # nothing of it is left
+                self._steps += removed.steps
+                self._episodes += removed.episodes
+                if ident in self._streams:
+                    self._streams[ident].resume_at(removed.entries)
+                    self._streams[ident].episode = removed.episode
         if self._ignored:
             log.info("Keys in %s that are not learned from: %s", self.directory, ", ".join(sorted(self._ignored)))
         if stored:
@@ -746,6 +788,10 @@ class Replay:
                     path.unlink()  # of a write that did not end; what it held is not counted anywhere
             elif match := NAME.fullmatch(path.name):
                 piece = _Stored(path, *map(int, match.groups()))
+                if self._ledger.of(piece.stream).covers(piece.episode, piece.piece):
+                    if not self.read_only:
+                        path.unlink()  # a crash left it
+                    continue
                 pieces.setdefault(piece[1:4], []).append(piece)
             elif path.suffix == ".npz":
                 older.append(path)
@@ -795,7 +841,8 @@ class Replay:
         for piece in stored:
             longest[piece.episode] = max(piece.length, longest.get(piece.episode, 0))
         kept: list[_Stored] = []
-        previous, position = None, 0
+        removed = self._ledger.of(stream.id)
+        previous, position = None, removed.entries
         for piece in stored:
             self._reading.one_more()
             if skip < piece.length:
@@ -813,7 +860,8 @@ class Replay:
                     and previous.length == longest[piece.episode]
                 )
                 if not joined:
-                    self._counts["gaps"] += piece.piece > 0
+                    follows = (piece.episode, piece.piece) == (removed.episode, removed.piece + 1)
+                    self._counts["gaps"] += piece.piece > 0 and not follows
                     self._counts["abandoned"] += stream.abandon()
                     data["is_first"][0] = True
                 stream.extend({key: value[skip:] for key, value in data.items()})
@@ -932,7 +980,19 @@ class Replay:
             )
         self._rng.bit_generator.state = json.loads(state["generator"])
         self._counts.update({key: state["counts"][key] for key in SAVED})
-        if self._steps != state["steps"]:
+        if self._steps < state["steps"]:
+            log.warning(
+                "%s holds %d agent steps, the checkpoint has seen %d: pieces were taken away. The counters go on from "
+                "the checkpoint's. (keep_on_disk bounds what the folder holds.)",
+                self.directory,
+                self._steps,
+                state["steps"],
+            )
+            if self._ledger and not self.read_only:
+                self._ledger.lost += state["steps"] - self._steps
+                self._ledger.write()
+            self._steps = state["steps"]
+        elif self._steps > state["steps"]:
             log.info("The replay holds %d agent steps, the checkpoint has seen %d.", self._steps, state["steps"])
         if not self.online:
             return

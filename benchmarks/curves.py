@@ -19,7 +19,7 @@ import numpy as np
 from statistics_of_runs import interval, iqm
 
 from errors import UserError
-from logger import atomic_write
+from files import atomic_write
 
 COLUMNS = ("task", "arm", "seed", "frames", "name", "value")
 OURS = {"episode/return": "return", "eval/return": "eval_return", "train/updates": "updates"}

@@ -15,7 +15,7 @@ from curves import Curve, read_run
 
 from config import Config, check_resume, resolve_paths
 from errors import UserError
-from logger import atomic_write
+from files import atomic_write
 from sweep import last_line
 from tools import Shutdown
 

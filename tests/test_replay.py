@@ -996,7 +996,8 @@ def test_state_meets_longer_and_shorter_data(tmp_path):
         os.remove(tmp_path / name)
     shorter = make(tmp_path, online=True, piece=16, streams=1)
     shorter.load_state(state)
-    assert list(shorter._queue) == [(0, 0)] and shorter.stats()["online_dropped"] == 2 and shorter.steps == 15
+    assert list(shorter._queue) == [(0, 0)] and shorter.stats()["online_dropped"] == 2
+    assert shorter.steps == 30  # what the checkpoint has seen
     fill(shorter, [20], first=1)  # goes on with what is new
     assert list(shorter._queue) == [(0, 0), (0, 15), (0, 23)]
     for batch in (shorter.sample(1) for _ in range(3)):
@@ -1025,3 +1026,88 @@ def test_no_torch_is_needed():
         assert 'torch' not in sys.modules and 'gymnasium' not in sys.modules
     """)
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# What is removed
+
+
+def on_disk(directory) -> int:
+    return sum(int(module.NAME.fullmatch(name)[4]) for name in names(directory) if module.NAME.fullmatch(name))
+
+
+@pytest.mark.parametrize("lengths", [[20] * 60, [7, 300, 11, 150, 90, 2, 33] * 3], ids=["short", "long"])
+def test_the_folder_holds_no_more_than_asked_and_the_counters_hold(tmp_path, lengths):
+    """Beside a replay that keeps everything: the same counts, positions and newest steps, also after restarts."""
+    options = {"piece": 64, "capacity": 400}
+    pruned, whole = make(tmp_path / "a", keep=500, **options), make(tmp_path / "b", **options)
+    for episode, length in enumerate(lengths):
+        for stream in range(2):
+            for replay in (pruned, whole):
+                fill(replay, [length], stream, first=episode)
+        assert on_disk(tmp_path / "a") <= 500
+        if episode % 7 == 6:
+            pruned.flush(), whole.flush()
+            state = pruned.state()
+            pruned, whole = make(tmp_path / "a", keep=500, **options), make(tmp_path / "b", **options)
+            ends = [{key: value["end"] for key, value in s["streams"].items()} for s in (state, pruned.state())]
+            assert ends[0] == ends[1] == {key: value["end"] for key, value in whole.state()["streams"].items()}
+        counts = [{key: replay.stats()[key] for key in ("steps", "episodes", "gaps")} for replay in (pruned, whole)]
+        assert counts[0] == counts[1]
+    assert on_disk(tmp_path / "a") > 400 and on_disk(tmp_path / "b") == 2 * sum(lengths)
+    for stream in range(2):
+        one, two = contents(pruned, stream), contents(whole, stream)
+        count = min(len(one["reward"]), len(two["reward"]))
+        assert count > 100 and all(np.array_equal(one[key][-count:], two[key][-count:]) for key in one)
+
+
+def test_a_crash_while_pieces_are_removed_counts_each_once(tmp_path, monkeypatch):
+    replay = make(tmp_path, piece=16, keep=200)
+
+    def crash(path, missing_ok=False):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", crash)
+    with pytest.raises(KeyboardInterrupt):
+        fill(replay, [20] * 30)
+    monkeypatch.undo()
+    steps = replay.steps
+    assert on_disk(tmp_path) > 200
+    again = make(tmp_path, piece=16, keep=200)
+    assert on_disk(tmp_path) <= 200 and again.steps == steps and again.stats()["gaps"] == 0
+
+
+def test_a_stream_whose_pieces_are_all_gone_goes_on(tmp_path):
+    fill(make(tmp_path, keep=160, piece=16), [20] * 12)
+    for path in tmp_path.glob("*.npz"):
+        path.unlink()
+    again = make(tmp_path, keep=160, piece=16)
+    fill(again, [20], first=12)
+    assert not any(
+        again._ledger.of(0).covers(*map(int, module.NAME.fullmatch(name).groups()[1:3])) for name in names(tmp_path)[1:]
+    )
+    reader = make(tmp_path, keep=160, piece=16)
+    assert reader.steps == again.steps and contents(reader)["code"][:, 1].tolist() == [12] * 20
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_counters_go_on_where_pieces_were_taken_away(tmp_path, caplog, restart):
+    replay = make(tmp_path)
+    fill(replay, [20] * 10)
+    replay.flush()
+    state = replay.state()
+    for name in names(tmp_path)[:5]:
+        (tmp_path / name).unlink()
+    again = make(tmp_path)
+    again.load_state(state)
+    assert again.steps == replay.steps == 190 and "pieces were taken away" in caplog.text
+    fill(again, [20] * 2, first=10)
+    if restart:  # killed: no newer checkpoint
+        again = make(tmp_path)
+        again.load_state(state)
+    assert again.steps == 190 + 38
+
+
+def test_a_ledger_that_is_damaged_is_said(tmp_path, caplog):
+    fill(make(tmp_path, piece=16, keep=200), [20] * 30)
+    (tmp_path / "ledger.json").write_text('{"version": 1, "str')
+    assert make(tmp_path, piece=16, keep=200).steps > 0 and "ledger.json cannot be read" in caplog.text
