@@ -3,9 +3,14 @@
 `replay.py` keeps pieces of episodes in such files; here is what does not depend on the replay.
 """
 
+import functools
+import io
 import logging
+import math
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,6 +44,70 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def read_npz(path: Path, wanted: set[str]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Names of a file's arrays, and those of them that are wanted. Errors as of np.load; never a pickle.
+
+    Files as `write_npz` writes them are read in a fifth of np.load's time, which matters for 50,000 pieces: that one
+    opens every array as a file. Anything else, and anything that is damaged, is left to np.load.
+    """
+    data = path.read_bytes()
+    try:
+        members = _stored_members(data)
+        arrays = {name: _array(data, *place) for name, place in members.items() if name in wanted}
+        return sorted(members), arrays
+    except (_Foreign, struct.error, IndexError, ValueError, UnicodeDecodeError):
+        pass
+    with np.load(path, allow_pickle=False) as file:
+        names = sorted(file.files)
+        return names, {key: file[key] for key in names if key in wanted}
+
+
+class _Foreign(Exception):
+    """Not as `write_npz` writes it."""
+
+
+def _stored_members(data: bytes) -> dict[str, tuple[int, int]]:
+    """{name: (start, stop)} of the uncompressed members of a zip archive without a comment, checksums compared."""
+    signature, *_, count, _, at, _ = struct.unpack_from("<4s4H2LH", data, len(data) - 22)
+    if signature != b"PK\5\6":
+        raise _Foreign
+    members = {}
+    for _ in range(count):
+        signature, _, _, flags, method, _, _, crc, packed, size, length, extra, comment, _, _, _, offset = (
+            struct.unpack_from("<4s6H3L5H2L", data, at)
+        )
+        name = data[at + 46 : at + 46 + length].decode()
+        at += 46 + length + extra + comment
+        local, length, extra = struct.unpack_from("<4s22x2H", data, offset)
+        start = offset + 30 + length + extra
+        if signature != b"PK\1\2" or local != b"PK\3\4" or flags & 1 or method or packed != size:
+            raise _Foreign
+        if not name.endswith(".npy") or zlib.crc32(memoryview(data)[start : start + size]) != crc:
+            raise _Foreign
+        members[name.removesuffix(".npy")] = (start, start + size)
+    return members
+
+
+def _array(data: bytes, start: int, stop: int) -> np.ndarray:
+    if data[start : start + 8] != b"\x93NUMPY\1\0":
+        raise _Foreign
+    begin = start + 10 + int.from_bytes(data[start + 8 : start + 10], "little")
+    dtype, shape, fortran = _header(data[start:begin])
+    count = math.prod(shape)
+    if fortran or dtype.hasobject or begin + count * dtype.itemsize != stop:
+        raise _Foreign
+    return np.frombuffer(data, dtype, count, begin).reshape(shape)
+
+
+@functools.lru_cache(1024)
+def _header(header: bytes) -> tuple[np.dtype, tuple, bool]:
+    """Few headers stand in many files, and evaluating one takes longer than all the rest."""
+    file = io.BytesIO(header)
+    np.lib.format.read_magic(file)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    return dtype, shape, fortran
 
 
 def header_shape(file) -> tuple:

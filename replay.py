@@ -57,7 +57,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from episodes import FLAGS, RESERVED, ReplayError, align_actions, as_vectors, header_shape, read_flags, write_npz
+from episodes import (
+    FLAGS,
+    RESERVED,
+    ReplayError,
+    align_actions,
+    as_vectors,
+    header_shape,
+    read_flags,
+    read_npz,
+    write_npz,
+)
 from ledger import Ledger
 from storage import HostRows
 
@@ -878,9 +888,7 @@ class Replay:
         """The rows of a file in the form in which they are kept, or None for a damaged one, which is set aside."""
         wanted = {*self._obs, *(f"present/{key}" for key in self._obs), *RESERVED}
         try:
-            with np.load(piece.path, allow_pickle=False) as file:
-                names = sorted(file.files)
-                raw = {key: file[key] for key in names if key in wanted}
+            names, raw = read_npz(piece.path, wanted)
         except Exception as error:  # a damaged archive can raise nearly anything
             _raise_unless_damaged(piece.path, error)
             return self._set_aside(piece.path, error)

@@ -602,7 +602,7 @@ def test_a_failure_of_the_machine_sets_no_file_aside(tmp_path, monkeypatch, erro
     def fail(path, *args, **kwargs):
         raise error
 
-    monkeypatch.setattr(module.np, "load", fail)
+    monkeypatch.setattr(module, "read_npz", fail)
     with pytest.raises(StorageError, match="Could not read .*npz.*left as it is"):
         make(tmp_path, piece=8)
     monkeypatch.undo()
