@@ -652,6 +652,8 @@ class Trainer:
 
     def _rescue(self, error: Exception) -> None:
         """Saves before an error ends the run: the data, and the checkpoint where the weights are not in doubt."""
+        if self.offline and self.updates == self.saved_at:
+            return  # there is nothing new
         try:
             if isinstance(error, USER_ERRORS):
                 saved = self.save()

@@ -1,8 +1,14 @@
 """Shared by all tests: the project on the path, shapes in type hints checked, MuJoCo headless, few threads."""
 
 import os
+import signal
 import sys
 from pathlib import Path
+
+# Under nohup, or behind `&` in a script, these are ignored, and every process that a test starts would inherit that.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 os.environ.setdefault("MUJOCO_GL", "egl")
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]

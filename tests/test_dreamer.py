@@ -216,7 +216,17 @@ def test_a_vision_run_shows_what_it_does(walker):
 def test_a_vision_run_leaves_everything_in_its_logdir(walker):
     logdir, _ = walker
     found = {re.sub(r"events\.out\.tfevents.*", "events", path.name) for path in logdir.iterdir()}
-    expected = {"config.yaml", "latest.pt", "log.txt", "metrics.jsonl", "events", "train_eps", "eval_eps", "videos"}
+    expected = {
+        "previous.pt",
+        "config.yaml",
+        "latest.pt",
+        "log.txt",
+        "metrics.jsonl",
+        "events",
+        "train_eps",
+        "eval_eps",
+        "videos",
+    }
     expected.add(".lock")
     assert found - {f for f in found if f.startswith("eval-")} == expected
     saved = configuration.Config.read(logdir / "config.yaml")
