@@ -4,8 +4,7 @@
 the replay, lets the agent learn at the configured ratio, evaluates, logs, and saves; the same command resumes.
 
 Counters: a *frame* is one step of the simulator, an *agent step* is one action (`action_repeat` frames), an *update* is
-one optimizer step. The number of agent steps is what the replay has stored, on disk and in memory, and never anything
-else.
+one optimizer step. The number of agent steps is the replay's: what it has ever stored, also of what is no longer kept.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that --help and typing errors answer at once

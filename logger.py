@@ -80,6 +80,8 @@ class Lenient:
 # Log lines and the progress line share this console: that is how rich puts the lines above the bar.
 CONSOLE = Console()
 
+UNFINISHED = ".tmp-"  # how the names of films begin that are being encoded
+
 # Scalars of the line `Step N: {...}`; if a write has none of these, it shows all it has.
 CONSOLE_SCALARS = r"(episode|eval)/(return|length|score)|.*_loss|intrinsic/empowerment|meta/.*|time/fps|replay/steps"
 
@@ -183,8 +185,7 @@ class Film:
 
     def __init__(self, path: str | Path, fps: float, most: int = 5_000, previewed: int = 500):
         self.path, self.fps, self.most, self.previewed = Path(path), fps, most, previewed
-        # The same name each time, so that those of killed runs do not pile up; the ending chooses the format.
-        self._temporary = self.path.with_name(f".tmp{self.path.suffix}")
+        self._temporary = self.path.with_name(f"{UNFINISHED}{self.path.name}")  # the ending chooses the format
         self._writer, self._count = None, 0
         self.preview: list[np.ndarray] = []
 
@@ -351,6 +352,8 @@ class Logger:
         self._measured = (time.monotonic(), step)
         with disk_errors(self.metrics_path):
             self.logdir.mkdir(parents=True, exist_ok=True)
+            for film in (self.logdir / "videos").glob(f"{UNFINISHED}*"):
+                film.unlink()  # of a run that was killed
         self._cut_torn_end()
         self._metrics = self._open_metrics()
         self._use_tensorboard = tensorboard

@@ -195,9 +195,8 @@ class WorldModel(nn.Module):
         }
         kinds = {kind: sum(nats[key] for key in keys) for kind, keys in self.decoder.kinds.items()}
         return {
-            **{f"world/recon_{key}": loss for key, loss in recon.items() if key != "loss"},
-            **{f"world/recon_{key}_loss": loss for key, loss in recon.items() if key == "loss"},
-            "world/recon_loss": sum(recon.values()),
+            **{f"world/recon_{key}": loss for key, loss in recon.items()},
+            "world/recon_loss": sum(recon.values()),  # last: an observation may be called loss
             **{f"world/nats_{kind}": loss for kind, loss in kinds.items()},
             "world/reward_loss": losses["rew"].mean(),
             "world/cont_loss": losses["con"].mean(),

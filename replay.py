@@ -37,7 +37,9 @@ When a directory is read again:
   neighbours, and nothing may learn a transition between them: the step before the gap is marked `is_last` (not
   terminal) with zero action, as an abandoned episode, and the step after it `is_first`, so that the recurrent state is
   reset there. Its reward stays as recorded.
-- Only the newest `capacity` steps are read. Of what is older the names tell the counts.
+- Only the newest `capacity` steps are read. Of what is older the names tell the counts, and of what was removed
+  (`keep`) the ledger does (`ledger.py`). Nothing is counted twice, and no counter is less than the checkpoint's.
+- A file that cannot be read for another reason than its content (no memory, a failing disk) stays, and is an error.
 - Files with other names are episodes of older ports: one more stream (id -1), in the order of their names. There the
   action of a row is the one that *led to* it; it is shifted by one (see `align_actions`).
 """
@@ -308,11 +310,14 @@ class Replay:
                 f"{max(1, streams)} stream(s) and windows of {length} + 1 steps; raise dataset_size, or "
                 "lower batch_length or envs."
             )
+        if 0 < keep < least:
+            raise ReplayError(f"Found keep_on_disk {keep}, expected 0 (all) or at least {least}, as for dataset_size.")
         self.directory = Path(directory) if directory is not None else None
         self.capacity, self.length, self.streams = int(capacity), int(length), int(streams)
         self.action_size, self.action_repeat = int(action_size), int(action_repeat)
         self.online, self.read_only, self.latent, self.keep = online, read_only, latent, int(keep)
         self._obs = {key: _kept(key, space) for key, space in spaces.items()}
+        self._ids = {key: found for key, space in spaces.items() if (found := _id_range(space))}
         self._schema = self._make_schema()
         # A slot is a quarter of a stream's share at most. A stream whose oldest slot is not written yet then holds
         # two slots at most, half of its share: when the memory is full there always is a slot that may go.
@@ -923,6 +928,13 @@ class Replay:
             for key, (shape, dtype) in self._obs.items():
                 rows[key] = _fit(f"observation {key!r}", raw[key], (count, *shape), dtype, name)
                 rows[f"present/{key}"] = raw.get(f"present/{key}", np.ones(count, bool)).astype(bool)
+            for key, (low, high) in self._ids.items():
+                held = rows[key][rows[f"present/{key}"]]
+                if ((held < low) | (held > high)).any():
+                    raise ReplayError(
+                        f"{name()}: '{key}' holds ids outside of its space ({np.min(low)} to {np.max(high)}), as of an "
+                        "environment that has changed since. Move the file away, or use another folder."
+                    )
         except _NotFinite as error:  # of the file, not of the configuration
             raise _Damaged(str(error)) from error
         if piece.stream == OLDER and "is_last" not in raw:
@@ -990,8 +1002,8 @@ class Replay:
         self._counts.update({key: state["counts"][key] for key in SAVED})
         if self._steps < state["steps"]:
             log.warning(
-                "%s holds %d agent steps, the checkpoint has seen %d: pieces were taken away. The counters go on from "
-                "the checkpoint's. (keep_on_disk bounds what the folder holds.)",
+                "%s holds %d agent steps, and the checkpoint has seen %d: pieces are damaged or were taken away. The "
+                "counters go on from the checkpoint's. (To bound what the folder holds, give --keep_on_disk STEPS.)",
                 self.directory,
                 self._steps,
                 state["steps"],
@@ -1089,6 +1101,15 @@ def _is_frame(shape: tuple, dtype: np.dtype) -> bool:
 
 class _NotFinite(ReplayError):
     """NaN or infinity."""
+
+
+def _id_range(space) -> tuple[np.ndarray, np.ndarray] | None:
+    """Lowest and highest id of a discrete space; the networks have rows for these alone. None for any other."""
+    count = getattr(space, "n", getattr(space, "nvec", None))
+    if count is None or np.dtype(space.dtype).kind not in "iu" or not hasattr(space, "start"):
+        return None
+    start = np.asarray(space.start)
+    return start, start + np.asarray(count) - 1
 
 
 def _kept(key: str, space) -> tuple[tuple, np.dtype]:

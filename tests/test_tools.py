@@ -297,8 +297,20 @@ def test_mp4_that_cannot_be_written_is_a_clear_error(tmp_path):
         logger.write(1)
 
 
-def test_a_film_is_cut_at_its_length_and_takes_the_place_of_what_a_killed_run_left(tmp_path):
-    (tmp_path / ".tmp.mp4").write_bytes(b"half a film")
+def test_what_a_killed_run_left_of_its_films_goes_at_the_next_start(tmp_path):
+    code = """
+        import os, sys, numpy as np, tools
+        film = tools.Logger(sys.argv[1]).new_film("eval/episode", 7)
+        film.add(np.zeros((16, 16, 3), np.uint8))
+        os.kill(os.getpid(), 9)
+    """
+    python(code, tmp_path).wait()
+    assert [path.name[:5] for path in (tmp_path / "videos").iterdir()] == [".tmp-"]
+    tools.Logger(tmp_path).close()
+    assert not list((tmp_path / "videos").iterdir())
+
+
+def test_a_film_is_cut_at_its_length(tmp_path):
     with tools.Film(tmp_path / "v.mp4", fps=20, most=30, previewed=10) as film:
         for frame in np.random.default_rng(0).integers(0, 255, (50, 300, 200, 3), np.uint8):
             film.add(frame)
