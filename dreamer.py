@@ -454,6 +454,8 @@ class Trainer:
         self.device = tools.pick_device(config.device)
         # Tells the starts of a run apart: with the same random numbers, it would collect the same episodes again.
         self.begun = 0 if self.offline else episodes_begun(Path(config.traindir))
+        if self.begun:
+            tools.seed_everything(env_seed(config.seed, "train", 0, self.begun))
         self.obs_space, self.act_space = self._make_envs()
         self.agent = Dreamer(self.obs_space, self.act_space, config, self.device, modalities)
         seed = config.seed + 2
@@ -478,6 +480,7 @@ class Trainer:
         )
         # From the last one that was complete: one that was interrupted is made up for.
         self.should_eval = tools.Every(config.eval_every, self.evaluated_at or 0)
+        self.kept = self._progress()  # as of the start, or of the last save
         self._introduce(resumed)
 
     def _lock_folders(self) -> None:
@@ -513,7 +516,7 @@ class Trainer:
         if not self.offline:
             self.envs = make_envs(config, "train", config.envs, self.begun)
         if self.evaluates or self.offline:
-            self.eval_envs = make_envs(config, "eval", config.eval_envs)
+            self.eval_envs = make_envs(config, "eval", config.eval_envs, self.begun)
         envs = self.envs or self.eval_envs
         return envs.obs_space, envs.act_space
 
@@ -635,10 +638,10 @@ class Trainer:
                     self._run_offline()
                 else:
                     self._run_online()
+                self._check_finite()
             except Exception as error:
                 self._rescue(error)
                 raise
-            self._check_finite()
             saved = self.save()
             if self.evaluates and not self.shutdown.requested and self.evaluated_at != self.frames:
                 self.evaluate()
@@ -651,19 +654,24 @@ class Trainer:
 
     def _rescue(self, error: Exception) -> None:
         """Saves before an error ends the run: the data, and the checkpoint where the weights are not in doubt."""
-        if self.offline and self.updates == self.saved_at:
-            return  # there is nothing new
+        if self._progress() == self.kept:
+            return  # nothing is new, and a run that has not begun is not bound to its settings
         try:
             if isinstance(error, USER_ERRORS):
                 saved = self.save()
             else:
-                self.replay.flush()
                 saved = False
+                if self.offline:
+                    return
+                self.replay.flush()
         except Exception as second:
             log.warning(f"Nothing could be saved any more: {second}")
         else:
             what = "the run" if saved else "the data"
             log.info(f"An error ends the run at frame {self.frames:,}; {what} is saved in {self.logdir}")
+
+    def _progress(self) -> tuple[int, int]:
+        return self.replay.steps, self.updates
 
     def _run_online(self) -> None:
         obs = self.envs.reset()
@@ -873,7 +881,7 @@ class Trainer:
             },
             keep="previous.pt" if name == "latest.pt" else "",
         )
-        self.saved_at = self.updates
+        self.saved_at, self.kept = self.updates, self._progress()
         log.debug(f"Saved {self.logdir / name} at frame {self.frames}, update {self.updates}")
         return True
 
@@ -908,7 +916,7 @@ class Trainer:
         previous = path.with_name("previous.pt")
         try:
             return path, load_run(path)
-        except UserError as error:
+        except tools.Damaged as error:
             if path.name != "latest.pt" or not previous.exists():
                 raise
             state = load_run(previous)
@@ -928,15 +936,6 @@ class Trainer:
         self.episodes = counters["episodes"] + (0 if self.offline else self.replay.ended_since(state["replay"]))
         self.saved_at, self.last_return = self.updates, counters["last_return"]
         self.evaluated_at = counters["evaluated_at"]
-        if counters["train_start"] is not None:  # else the checkpoint is from the prefill: what came after it counts
-            self.train_start = counters["train_start"]
-            was = {key: state["config"].get(key) for key in ("batch_size", "batch_length", "train_ratio")}
-            changed = [key for key in was if was[key] != self.config[key]]
-            if older or changed:
-                trained = (self.updates - self.config.pretrain) * self.trained_steps / self.config.train_ratio
-                self.train_start = self.replay.steps - math.ceil(trained)
-            if changed and not older:
-                log.warning(f"{', '.join(changed)} changed: updates are owed for new steps alone, at the new ratio.")
         best = self.logdir / "best_model.pt"
         known = [counters.get("best", -math.inf)]
         known += [load_run(best)["counters"]["best"]] if self.config.save_best and best.exists() else []
@@ -945,8 +944,25 @@ class Trainer:
         self.episode_metrics.load_state(state["metrics"]["episodes"], "cpu")
         self.random.load_state(state.get("random_actions") or state["exploration"])  # as it was called once
         self.replay.load_state(state["replay"])
+        if counters["train_start"] is not None:  # else the checkpoint is from the prefill: what came after it counts
+            self.train_start = self._started(counters["train_start"], state["config"], older)
         if self.eval_replay and state["eval_replay"]:
             self.eval_replay.load_state(state["eval_replay"])
+
+    def _started(self, start: int, trained: dict, older: bool) -> int:
+        """`train_start` of a resumed run. trained: the checkpoint's configuration.
+
+        Updates are owed for all steps since `start`; where they were to be of another number until now, or are not to
+        be caught up on, the start moves so that none are owed now.
+        """
+        keys = ("batch_size", "batch_length", "train_ratio")
+        changed = [key for key in keys if trained.get(key) != self.config[key]]
+        if changed and not older:
+            log.warning(f"{', '.join(changed)} changed: updates are owed for new steps alone, at the new ratio.")
+        if not (changed or older) or not self.config.train_ratio:
+            return start
+        done = (self.updates - self.config.pretrain) * self.trained_steps / self.config.train_ratio
+        return self.replay.steps - math.ceil(done)
 
     def close(self) -> None:
         for envs in (self.envs, self.eval_envs):
@@ -1040,7 +1056,7 @@ def add_frame(film: tools.Film, frame: np.ndarray) -> bool:
     """False where the film cannot go on: the run matters more."""
     try:
         film.add(frame)
-    except UserError as error:
+    except (UserError, ValueError) as error:  # of the disk, of the frame
         log.warning(f"No film of this evaluation: {error}")
         film.discard()
         return False
@@ -1125,16 +1141,16 @@ def evaluate_checkpoint(config: Config, modalities: Mapping[str, ModalityConfig]
                 on_step=_check_finite,
                 stop=lambda: shutdown.requested,
             )
-            kept = film.keep() if len(film) and not shutdown.requested else None
+            if not returns:
+                raise UserError("Stopped before an episode was complete.")
+            how = "sampled actions" if config.eval_sample else "mode"
+            print(f"{path} (frame {frames:,}) on {config.task}, {how}:")
+            mean, std, length = np.mean(returns), np.std(returns), np.mean(lengths)
+            print(f"return {mean:.1f} ± {std:.1f} over {len(returns)} episodes (mean length {length:.0f})")
+            if len(film) and not shutdown.requested:
+                print(f"film of the first: {film.keep()}")
     finally:
         envs.close()
-    if not returns:
-        raise UserError("Stopped before an episode was complete.")
-    print(f"{path} (frame {frames:,}) on {config.task}, {'sampled actions' if config.eval_sample else 'mode'}:")
-    mean, std, length = np.mean(returns), np.std(returns), np.mean(lengths)
-    print(f"return {mean:.1f} ± {std:.1f} over {len(returns)} episodes (mean length {length:.0f})")
-    if kept:
-        print(f"film of the first: {kept}")
 
 
 def _observed_in_training(trained: Config, envs: VectorEnv) -> dict:

@@ -34,6 +34,13 @@ def disk_errors(path: Path, needed: int = 0, earlier: str = "") -> Iterator[None
         ) from error
 
 
+def machine_failed(error: Exception) -> bool:
+    """Whether a file could not be read for another reason than its bytes: no more open files, a disk or network that
+    fails. Bytes can cause EINVAL, for a place that does not exist.
+    """
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path, needed: int = 0, keep: str = "") -> Iterator[io.BufferedWriter]:
     """A binary file that takes the place of `path` when the block ends well; otherwise `path` stays as it was.

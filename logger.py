@@ -172,21 +172,22 @@ def encode_gif(frames: np.ndarray, fps: float) -> bytes:
 
 
 class Film:
-    """H.264 that any player shows, encoded frame by frame: a film of any length takes the memory of one frame.
+    """H.264 that any player shows, encoded frame by frame: its length costs no memory.
 
         with Film(path, fps=20) as film:
             film.add(frame)         # uint8 [H, W, 1 or 3], all of one size
             film.keep()             # now it is at `path`; without this, nothing is left
 
     Small frames are enlarged by a whole factor to at least 256 pixels, odd sizes padded to even by repeating the edge.
-    What comes after `most` frames is left out. `preview` holds the first frames at a size for a GIF.
+    What comes after `most` frames is left out. `preview` holds the first `previewed` frames, at most 128 pixels wide
+    and high, for a GIF.
     Raises UserError where it cannot be written.
     """
 
     def __init__(self, path: str | Path, fps: float, most: int = 5_000, previewed: int = 500):
         self.path, self.fps, self.most, self.previewed = Path(path), fps, most, previewed
         self._temporary = self.path.with_name(f"{UNFINISHED}{self.path.name}")  # the ending chooses the format
-        self._writer, self._count = None, 0
+        self._writer, self._count, self._cut = None, 0, False
         self.preview: list[np.ndarray] = []
 
     def __len__(self) -> int:
@@ -194,6 +195,9 @@ class Film:
 
     def add(self, frame: np.ndarray) -> None:
         if self._count == self.most:
+            if not self._cut:
+                log.info("%s ends after %d frames", self.path.name, self.most)
+            self._cut = True
             return
         frame = as_frames(self.path.name, frame[None])[0]
         if len(self.preview) < self.previewed:
@@ -208,8 +212,6 @@ class Film:
                 self._writer = self._open()
             self._writer.append_data(frame)
         self._count += 1
-        if self._count == self.most:
-            log.info("%s ends after %d frames", self.path.name, self.most)
 
     def _open(self):
         import imageio.v2 as imageio  # only films need it

@@ -364,7 +364,7 @@ class ProcessVector(VectorEnv):
 
     def _start(self, index, fn, factories, seed):
         try:
-            payload = envs.dumps((factories, fn, seed))
+            payload = envs.dumps((factories, fn, seed, logging.getLogger().level))
         except Exception as error:
             raise EnvError(
                 f"environment {index}: its function cannot be pickled for a worker process ({error}): "
@@ -410,10 +410,9 @@ class ProcessVector(VectorEnv):
 
     def _receive_from(self, index):
         try:
-            kind, content = self._pipes[index].recv()
-            while kind == "log":
-                logging.getLogger(content[0]).log(*content[1:])
-                kind, content = self._pipes[index].recv()
+            while _log(message := self._pipes[index].recv()):
+                pass
+            kind, content = message
         except (EOFError, OSError):
             raise self._death(index) from None
         if kind == "task error":
@@ -445,6 +444,10 @@ class ProcessVector(VectorEnv):
             with contextlib.suppress(OSError):
                 pipe.send("close")
         deadline = time.monotonic() + GRACE
+        for pipe in self._pipes:  # what they log at their ends; a full pipe would keep them from it
+            with contextlib.suppress(EOFError, OSError):
+                while pipe.poll(max(0.0, deadline - time.monotonic())):
+                    _log(pipe.recv())
         groups = [process.pid for process in self._processes]
         for process in self._processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -459,6 +462,14 @@ class ProcessVector(VectorEnv):
             self._memory.close()
             if self._named:
                 self._memory.unlink()
+
+
+def _log(message):
+    """Logs a worker's message (kind, content) if that is what it is for; False for any other."""
+    kind, content = message
+    if kind == "log":
+        logging.getLogger(content[0]).log(*content[1:])
+    return kind == "log"
 
 
 def _end_groups(groups):
@@ -520,11 +531,12 @@ def _work(index, pipe, payload):
     env = memory = runner = None
     orphaned = False
     try:
-        factories, fn, seed = pickle.loads(payload)
+        factories, fn, seed, level = pickle.loads(payload)
+        logging.getLogger().setLevel(level)
         if seed is not None:
             random.seed(seed)
             np.random.seed(seed)
-        envs.restore_registered(factories)
+        envs.restore_registered(*factories)
         env = fn()
         runner = _Runner(env)
         pipe.send(("spaces", (dict(env.obs_space), env.act_space)))
@@ -589,8 +601,12 @@ class _ToParent(logging.Handler):
         self._pipe = pipe
 
     def emit(self, record):
-        with contextlib.suppress(OSError):
+        try:
             self._pipe.send(("log", (record.name, record.levelno, "%s", self.format(record))))
+        except OSError:
+            pass  # the parent is gone
+        except Exception:
+            self.handleError(record)
 
 
 def _report(pipe, kind, text):

@@ -70,6 +70,7 @@ from episodes import (
     read_npz,
     write_npz,
 )
+from files import machine_failed
 from ledger import Ledger
 from storage import HostRows
 
@@ -1059,25 +1060,25 @@ class _Reading:
 
 
 def episodes_begun(directory: Path) -> int:
-    """Episodes that streams have begun in a directory, by the files' names; grows with every one that is stored."""
-    last: dict[str, int] = {}
-    for name in os.listdir(directory) if directory.is_dir() else ():
+    """Episodes that streams have begun in a directory, by the names of its files and by its ledger; grows with every
+    one that is stored.
+    """
+    if not directory.is_dir():
+        return 0
+    last = {stream: removed.episode for stream, removed in Ledger(directory).removed.items()}
+    for name in os.listdir(directory):
         if match := NAME.fullmatch(name):
-            stream, episode = match[1], int(match[2])
-            last[stream] = max(episode + 1, last.get(stream, 0))
-    return sum(last.values())
+            stream, episode = int(match[1]), int(match[2])
+            last[stream] = max(episode, last.get(stream, -1))
+    return sum(episode + 1 for episode in last.values())
 
 
 def _raise_unless_damaged(path: Path, error: Exception) -> None:
     """StorageError for a failure of the machine: no memory, no more open files, a disk or a network that fails.
 
-    Only a file that is wrong itself may be set aside. Its bytes can cause two errors of the machine's kinds: EINVAL,
-    for a place that does not exist, and a lack of memory, for a size that is not true.
+    Only a file that is wrong itself may be set aside. A size in it that is not true looks like a lack of memory.
     """
-    failed = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
-    if isinstance(error, MemoryError):
-        failed = _intact(path)
-    if failed:
+    if machine_failed(error) or (isinstance(error, MemoryError) and _intact(path)):
         reason = getattr(error, "strerror", None) or str(error) or "not enough memory"
         raise StorageError(
             f"Could not read {path}: {reason}. It is left as it is. Once that is mended, the same command goes on."

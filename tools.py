@@ -28,6 +28,7 @@ from torch import nn
 
 from episodes import sample_episodes
 from errors import UserError
+from files import machine_failed
 from logger import Film, Logger, Progress, atomic_write, disk_errors, format_duration, human, save_mp4, setup_logging
 from replay import Replay
 
@@ -187,6 +188,10 @@ def save_checkpoint(path: str | Path, content: dict, keep: str = "") -> None:
             raise watched.error or error from None  # torch hides the reason behind an error of its own
 
 
+class Damaged(UserError):
+    """A checkpoint whose bytes are wrong."""
+
+
 class _Watched:
     """A file that remembers the error of a write."""
 
@@ -203,7 +208,8 @@ class _Watched:
 
 
 def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
-    """What `save_checkpoint` wrote. Raises UserError where the file is missing, damaged, or not such a file.
+    """What `save_checkpoint` wrote. Raises UserError where the file is missing or cannot be read, Damaged where it is
+    damaged, or not such a file.
 
     Nothing in the file is run (weights_only), and its checksums are compared, which torch alone does not do.
     """
@@ -222,7 +228,7 @@ def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
             raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         content = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(
+        raise Damaged(
             f"{path}: holds other things than tensors and plain values, which are not loaded because "
             f"they could run code. {advice}"
         ) from error
@@ -230,7 +236,9 @@ def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
         if out_of_memory_help(error):
             raise
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: damaged, truncated or not a checkpoint ({reason}). {advice}") from error
+        if machine_failed(error):
+            raise UserError(f"{path} could not be read ({reason}). It may be whole: try again.") from error
+        raise Damaged(f"{path}: damaged, truncated or not a checkpoint ({reason}). {advice}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected a dictionary. {advice}")
     return content
@@ -315,7 +323,8 @@ def set_threads(n: int) -> None:
 
 class Shutdown:
     """While the block runs, SIGINT, SIGTERM and SIGHUP (a closed terminal) only set `requested`, so that the loop can
-    save and end by itself. A signal that is ignored already, as under nohup, stays so.
+    save and end by itself. SIGTERM or SIGHUP that is ignored already, as under nohup, stays so. SIGINT does not: shells
+    ignore it for what they start in the background, and benchmarks/learning.py stops its runs by it.
 
     Ctrl-C after that raises KeyboardInterrupt at once. The earlier handlers are back after the block. Outside the main
     thread, where Python allows no handlers, it does nothing.

@@ -54,9 +54,10 @@ SUITES = {"dmc": "dmc", "gym": "gym_env", "atari": "atari", "crafter": "crafter"
 SUITES |= {"babyai": "babyai", "cue": "cues", "grid": "grid", "pinpad": "pinpad", "sound": "sound"}
 ARGUMENTS = ("config", "mode", "index")
 # Modules of gymnasium's ids that come with an installed package.
-PACKAGED = ("gymnasium.", "ale_py", "shimmy", "minigrid")
+PACKAGED = {"gymnasium", "ale_py", "shimmy", "minigrid"}
 
 _registry = {}  # name -> factory, or its pickle in a worker process
+_specs = {}  # in a worker process: task -> pickle of what the program has registered with gymnasium
 
 
 def register_env(name: str, factory) -> None:
@@ -103,47 +104,39 @@ def env_seed(seed: int, mode: str, index: int, start: int = 0) -> int:
     return int(sequence.generate_state(1)[0] >> 1)
 
 
-def registered() -> dict[str, bytes]:
-    """The registered factories for another process, which calls `restore_registered` with them; also what this program
-    has registered with gymnasium itself, as `gym_<id>`.
+def registered() -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """What another process has to know, which calls `restore_registered` with it: the registered factories, and what
+    this program has registered with gymnasium, by the names of the tasks.
 
-    A factory that cannot be pickled is left out; the other process then says so if a task needs it.
+    Instead of a factory that cannot be pickled goes one that says so if a task needs it.
     """
-    result = {}
-    for name, factory in {**_gymnasium_specs(), **_registry}.items():
-        try:
-            result[name] = factory if isinstance(factory, bytes) else dumps(factory)
-        except Exception as error:
-            result[name] = pickle.dumps(Unpicklable(name, f"{type(error).__name__}: {error}"))
-    return result
+    return tuple({name: _pickled(name, x) for name, x in found.items()} for found in (_registry, _gymnasium_specs()))
 
 
-def restore_registered(factories: dict[str, bytes]) -> None:
-    """Registers what `registered` gave in another process; each is unpickled when a task needs it."""
+def restore_registered(factories: dict[str, bytes], specs: dict[str, bytes]) -> None:
+    """Takes what `registered` gave in another process; each is unpickled when a task needs it."""
     _registry.update(factories)
+    _specs.update(specs)
+
+
+def _pickled(name, value):
+    try:
+        return value if isinstance(value, bytes) else dumps(value)
+    except Exception as error:
+        return pickle.dumps(Unpicklable(name, f"{type(error).__name__}: {error}"))
 
 
 def _gymnasium_specs():
-    """task -> factory of the ids that no package registers when it is imported, so that another process lacks them."""
-    main = sys.modules["__main__"]
+    """task -> spec of the ids that no package registers when it is imported, so that another process lacks them."""
     own = {}
     for name, spec in gymnasium.registry.items():
         entry = spec.entry_point
         if isinstance(entry, str) and entry.startswith("__main__:"):
-            entry = getattr(main, entry.partition(":")[2], entry)
-        if callable(entry) or (isinstance(entry, str) and not entry.startswith(PACKAGED)):
-            own[f"gym_{name}"] = _Spec(dataclasses.replace(spec, entry_point=entry))
+            entry = getattr(sys.modules["__main__"], entry.partition(":")[2], entry)
+        module = entry.partition(":")[0] if isinstance(entry, str) else getattr(entry, "__module__", None) or ""
+        if entry is not None and module.partition(".")[0] not in PACKAGED:
+            own[f"gym_{name}"] = dataclasses.replace(spec, entry_point=entry)
     return own
-
-
-class _Spec:
-    """Stands for a factory: an id that this process has to register with gymnasium first."""
-
-    def __init__(self, spec):
-        self._spec = spec
-
-    def register(self):
-        gymnasium.registry.setdefault(self._spec.id, self._spec)
 
 
 def dumps(value) -> bytes:
@@ -173,9 +166,12 @@ def _create(config, mode, index, seed):
     if task in _registry:
         factory = _registry[task]
         factory = pickle.loads(factory) if isinstance(factory, bytes) else factory
-        if not isinstance(factory, _Spec):
-            return _adapt(_call(factory, (config, mode, index)), seed, task)
-        factory.register()
+        return _adapt(_call(factory, (config, mode, index)), seed, task)
+    if task in _specs:
+        spec = pickle.loads(_specs[task])
+        if isinstance(spec, Unpicklable):
+            spec()
+        gymnasium.registry.setdefault(spec.id, spec)
     suite, _, name = task.partition("_")
     if suite not in SUITES or not name:
         raise TaskError(_unknown(task))

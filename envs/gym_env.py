@@ -124,7 +124,7 @@ class GymEnv(Env):
         try:
             frame = self.adapted.render(**self._render_arguments())
         except (gymnasium.error.DependencyNotInstalled, NotImplementedError) as error:
-            log.warning("%s: no videos: %s", self._name, _one_line(error) or "render is not implemented")
+            log.warning("%s: nothing is rendered: %s", self._name, _one_line(error) or "render is not implemented")
             self._no_render = True
             return None
         frame = frame[-1] if isinstance(frame, list) and frame else frame

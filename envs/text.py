@@ -144,7 +144,7 @@ class TokenizeText(Wrapper):
             if step.get(key) is not None:
                 text = step[key]
                 if not isinstance(text, str):
-                    raise ValueError(f"observation '{key}' is a {type(text).__name__}, but its space says text.")
+                    raise TaskError(f"observation '{key}' is a {type(text).__name__}, but its space says text.")
                 ids = [*self._tokenizer.encode(text), END] if text else []
                 step[key] = self._next(key, text, ids) if self._stream else self._whole(ids)
                 cut, unknown = cut or len(ids) > self._length, unknown + ids.count(UNKNOWN)

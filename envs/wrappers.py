@@ -190,6 +190,9 @@ class CheckTypes(Wrapper):
     def __init__(self, env, name: str = "environment"):
         super().__init__(env)
         self._name = name
+        for key, space in self.obs_space.items():
+            if not math.prod(space.shape):
+                raise TaskError(f"{name}: observation '{key}' has the shape {list(space.shape)}: it holds nothing.")
         self._given = {key: _Given.of(space) for key, space in self.obs_space.items()}
         self.obs_space = {key: self._space(space) for key, space in self.obs_space.items()}
 
@@ -232,13 +235,9 @@ class CheckTypes(Wrapper):
             if given.shape not in ((), (1,)) or value.shape not in ((), (1,)):
                 raise self._disagree(key, value.dtype, list(value.shape), given)
             value = value.reshape(given.shape)
-        if value.dtype != given.dtype:
-            if not given.takes(value):
-                raise self._disagree(key, value.dtype, list(value.shape), given)
-            if given.dtype.kind in "iu" and value.size:
-                self._check_range(key, value, *given.range)
-            value = value.astype(given.dtype)
-        elif given.bounded and value.size:
+        if value.dtype.kind not in given.kinds:
+            raise self._disagree(key, value.dtype, list(value.shape), given)
+        if given.bounded or (given.range and value.dtype != given.dtype):
             self._check_range(key, value, *given.range)
         if given.start is not None:
             value = value - given.start
@@ -266,33 +265,29 @@ class _Given(NamedTuple):
 
     shape: tuple
     dtype: np.dtype
-    range: tuple  # lowest and highest integer
-    bounded: bool  # does a value of the right type need a look at its range?
-    kept: np.dtype  # the type that it gets
+    kinds: str  # of types that are taken, as `dtype.kind`
+    kept: np.dtype  # the type that they get
+    range: tuple | None = None  # lowest and highest; None: any
+    bounded: bool = True  # False: values of the right type are all within the range
     start: np.ndarray | None = None  # the first id, where that is not 0
     is_id: bool = False
 
     @classmethod
     def of(cls, space):
-        shape, dtype = tuple(space.shape), np.dtype(space.dtype)
+        shape, dtype, float32 = tuple(space.shape), np.dtype(space.dtype), np.dtype(np.float32)
         if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
             count = space.n if isinstance(space, spaces.Discrete) else space.nvec
             start = np.asarray(getattr(space, "start", 0))
-            return cls(shape, dtype, (start, start + count - 1), True, dtype, start if start.any() else None, True)
-        if isinstance(space, spaces.MultiBinary):
-            return cls(shape, dtype, (0, 1), True, np.dtype(np.float32))
-        if dtype.kind in "fb":
-            return cls(shape, dtype, (None, None), False, np.dtype(np.float32))
+            limits = (start, start + count - 1)
+            return cls(shape, dtype, "iub", dtype, limits, start=start if start.any() else None, is_id=True)
+        if isinstance(space, spaces.MultiBinary) or dtype.kind == "b":
+            return cls(shape, dtype, "fiub", float32, (0, 1))
+        if dtype.kind == "f":
+            return cls(shape, dtype, "fiub", float32, bounded=False)
         most = np.iinfo(dtype)
-        low, high = space.low.min(), space.high.max()  # the world model has as many rows as the highest id of all says
-        whole = low <= most.min and high >= most.max
-        return cls(shape, dtype, (low, high), not whole, dtype)
-
-    def takes(self, value):
-        """Is a value of another type than the space's of the same kind? Its range is checked apart."""
-        if self.dtype.kind in "iu":
-            return value.dtype.kind in "iub"
-        return value.dtype.kind in ("b" if self.dtype.kind == "b" else "fiub")
+        limits = (space.low.min(), space.high.max())  # the world model has as many rows as the highest id of all says
+        bounded = limits[0] > most.min or limits[1] < most.max
+        return cls(shape, dtype, "iub", dtype, limits, bounded)
 
 
 class AddAudio(Wrapper):
@@ -330,11 +325,12 @@ class Frames(Wrapper):
         super().__init__(env)
         self._size = tuple(int(x) for x in size)
         self._steps = {}  # key -> what is done to its frames, in turn
-        self._last = None
+        self._shown = None  # the latest frame in colour
         self.notes = [*getattr(env, "notes", [])]
         for key, space in self.obs_space.items():
             if is_image(space):
                 self._prepare(key, space, f"{name}: observation '{key}', {_described(space)},")
+        self._coloured = [key for key, space in self.obs_space.items() if is_image(space) and space.shape[2:] == (3,)]
         looks = (_looks_like_frames(name, key, space) for key, space in self.obs_space.items())
         self.notes += [note for note in looks if note]
 
@@ -373,7 +369,13 @@ class Frames(Wrapper):
                 for change in steps:
                     value = change(value)
                 step = {**step, key: value}
+        self._shown = next((step[key] for key in self._coloured if step.get(key) is not None), None)
         return step
+
+    def render(self):
+        """What the environment renders, or else what it shows."""
+        frame = super().render()
+        return self._shown if frame is None else frame
 
 
 def channels_first(shape: tuple[int, ...]) -> bool:
@@ -506,11 +508,9 @@ class CheckSteps(Wrapper):
         self._name = name
         if not self.obs_space:
             raise TaskError(f"{name}: the observation space is empty; the agent needs at least one observation.")
-        for key, space in self.obs_space.items():
+        for key in self.obs_space:
             if key in RESERVED or key.startswith("log_"):
                 raise TaskError(f"{name}: an observation cannot be named '{key}' (used by the replay): rename it.")
-            if not math.prod(space.shape):
-                raise TaskError(f"{name}: observation '{key}' has the shape {list(space.shape)}: it holds nothing.")
 
     def reset(self):
         return self._check(self.env.reset())

@@ -538,6 +538,21 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path):
     assert f"Resuming at frame {now['frames']}" in succeed(*POLE, "--steps", 300, "--logdir", tmp_path)
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), PermissionError(errno.EACCES, "Denied")])
+def test_a_checkpoint_that_cannot_be_read_now_stays_the_latest(tmp_path, monkeypatch, error):
+    succeed(*POLE, "--steps", 120, "--logdir", tmp_path)
+    content = (tmp_path / "latest.pt").read_bytes()
+
+    def broken(path, *args, real=tools.zipfile.ZipFile, **kwargs):
+        if str(path).endswith("latest.pt"):
+            raise error
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(tools.zipfile, "ZipFile", broken)
+    assert "latest.pt could not be read" in fail(*POLE, "--steps", 200, "--logdir", tmp_path)
+    assert (tmp_path / "latest.pt").read_bytes() == content and not (tmp_path / "damaged.pt").exists()
+
+
 def test_no_moment_is_without_a_checkpoint(tmp_path, monkeypatch):
     """Whichever rename or link a crash comes before: one of the two is whole."""
     path = tmp_path / "latest.pt"
@@ -571,15 +586,25 @@ def test_no_moment_is_without_a_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("key", "value", "per_100"), [("batch_size", 8, 12.5), ("train_ratio", 2, 6.25)])
 def test_another_ratio_owes_updates_for_new_steps_alone(tmp_path, key, value, per_100):
     flags = [*POLE, "--batch_size", 4, "--batch_length", 8]
-    succeed(*flags, "--steps", 300, "--logdir", tmp_path)
+    succeed(*flags, "--steps", 150, "--logdir", tmp_path)
     before = metrics(tmp_path)[-1]
-    out = succeed(*flags, f"--{key}", value, "--force", "true", "--steps", 500, "--logdir", tmp_path)
+    out = succeed(*flags, f"--{key}", value, "--force", "true", "--steps", 300, "--logdir", tmp_path)
     assert f"WARNING - {key} changed: updates are owed for new steps alone" in out
     rows = [row for row in metrics(tmp_path) if row["step"] > before["step"]]
     for row in rows:
         expected = before["train/updates"] + (row["step"] - before["step"]) * per_100 / 100
         assert row["train/updates"] == pytest.approx(expected, abs=2)
     assert len(rows) >= 3
+
+
+def test_another_ratio_owes_nothing_for_what_is_gone_either(tmp_path):
+    succeed(*POLE, "--steps", 200, "--logdir", tmp_path)
+    for path in sorted((tmp_path / "train_eps").glob("*.npz"))[::2]:
+        path.unlink()
+    flags = ["--task", "gym_CartPole-v1", "--force", "true", "--steps", 300]
+    for ratio in (16, 0):  # 0: to collect only
+        with contextlib.closing(make_trainer(tmp_path, *flags, "--train_ratio", ratio)) as trainer:
+            assert trainer.owed == 0 and trainer.frames == 200
 
 
 def test_an_interrupted_evaluation_is_made_up(tmp_path):
@@ -688,6 +713,62 @@ def test_whatever_ends_a_run_saves_first(tmp_path, how):
     stored = [np.load(path) for path in sorted((tmp_path / "train_eps").glob("*.npz"))]
     assert [len(piece["reward"]) for piece in stored] == [25, 25]  # the reset, and 24 good steps
     assert not any(piece["is_terminal"].any() for piece in stored)
+
+
+def test_a_run_that_fails_at_once_is_not_bound_to_its_settings(tmp_path):
+    class Fails(Toy):
+        def reset(self):
+            raise ZeroDivisionError("no display")
+
+    register_env("toy", Fails)
+    status, _, err = run(*BARE, "--task", "toy", "--logdir", tmp_path)
+    assert status == 1 and "no display" in err and not (tmp_path / "latest.pt").exists()
+    register_env("toy", Toy)
+    succeed(*BARE, "--task", "toy", "--seed", 5, "--steps", 20, "--logdir", tmp_path)
+
+
+def test_data_is_saved_where_updates_are_found_bad_at_the_end(tmp_path):
+    register_env("toy", lambda: Toy(length=100))
+    with contextlib.closing(make_trainer(tmp_path, "--task", "toy", "--steps", 60, "--opt.max_bad", 3)) as trainer:
+        store, bad = trainer._store_last, trainer.agent.optimizer.bad
+
+        def last(obs):
+            store(obs)
+            bad.fill_(3)
+
+        trainer._store_last = last
+        with pytest.raises(UserError, match="not finite in the last 3 updates"):
+            trainer.run()
+    assert sum(len(np.load(path)["reward"]) for path in (tmp_path / "train_eps").glob("*.npz")) >= 60
+    assert not (tmp_path / "latest.pt").exists()
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 4), None])
+def test_a_frame_that_cannot_be_filmed_ends_the_film_alone(tmp_path, shape):
+    """Four channels, or another size at each step."""
+
+    class Renders(Toy):
+        def render(self):
+            return np.zeros(shape or (16 + self.count, 16, 3), np.uint8)
+
+    register_env("toy", Renders)
+    flags = [*BARE, "--task", "toy", "--steps", 40, "--eval_every", 20, "--video_pred_log", "true"]
+    out = succeed(*flags, "--logdir", tmp_path)
+    assert "No film of this evaluation" in out and any("eval/return" in row for row in metrics(tmp_path))
+    assert not list((tmp_path / "videos").glob("eval*"))
+
+
+def test_an_evaluation_is_told_before_its_film_is_finished(tmp_path, monkeypatch):
+    register_env("toy", lambda: Toy(frame=(16, 16)))
+    flags = [*BARE, *"--task toy --image_size 16 16 --*.mults 2 4 --steps 20 --eval_every 0".split()]
+    succeed(*flags, "--logdir", tmp_path)
+
+    def full(_):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(tools.Film, "keep", full)
+    status, out, err = run("--mode", "eval", "--checkpoint", tmp_path / "latest.pt", "--parallel", "serial")
+    assert status == 1 and "return 10.0 ± 0.0" in out and "the disk is full" in err
 
 
 def test_a_trainer_that_cannot_be_built_leaves_the_logdir_free(tmp_path):

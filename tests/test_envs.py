@@ -805,6 +805,9 @@ def test_every_step_is_compared_with_the_space(space, first, later, found):
         (spaces.Discrete(5, start=-2), -2, np.int64(0)),
         (spaces.MultiDiscrete([2, 3], start=[1, 5]), [2, 5], np.array([1, 0])),
         (spaces.MultiBinary(3), [True, False, True], np.array([1, 0, 1], np.float32)),
+        (spaces.MultiBinary(3), np.array([0.0, 1.0, 0.0], np.float32), np.array([0, 1, 0], np.float32)),
+        (spaces.Box(0, 1, (3,), bool), np.array([0, 1, 0], np.uint8), np.array([0, 1, 0], np.float32)),
+        (spaces.Box(0, 9, (), np.int32), 3, np.array([3], np.int32)),
     ],
 )
 def test_values_of_another_type_are_converted_where_nothing_is_lost(space, value, kept):
@@ -877,9 +880,18 @@ def test_parts_follow_the_space_whatever_holds_them():
         env.reset()
 
 
-def test_an_observation_that_holds_nothing_is_refused():
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint8])
+def test_an_observation_that_holds_nothing_is_refused(dtype):
     with pytest.raises(TaskError, match=r"'vector' has the shape \[0\]"):
-        make(lambda: Shows(spaces.Box(-1, 1, (0,))))
+        make(lambda: Shows(spaces.Box(0, 1, (0,), dtype)))
+
+
+def test_what_is_seen_is_shown_where_nothing_is_rendered():
+    space = spaces.Dict({"rgb": spaces.Box(0, 255, (3, 32, 32), np.uint8), "depth": spaces.Box(0, 1, (4,))})
+    frame = np.full((3, 32, 32), 9, np.uint8)
+    env = make(lambda: Shows(space, {"rgb": frame, "depth": np.zeros(4)}))
+    env.reset()
+    assert env.render().shape == (64, 64, 3) and (env.render() == 9).all()
 
 
 def test_one_environment_belongs_to_one_user():

@@ -420,8 +420,12 @@ class Draws(Count):
 
 class Talks(Count):
     def reset(self):
-        logging.getLogger("robot").warning("battery at %d %%", 20 + self.index)
+        logging.getLogger("robot").info("battery at %d %%", 20 + self.index)
+        logging.getLogger("robot").info("%d", "no number")  # a mistake in a log line is no reason to end
         return super().reset()
+
+    def close(self):
+        logging.getLogger("robot").info("goodbye")
 
 
 PROGRAMS = ("log_program0", "log_program1")
@@ -487,10 +491,14 @@ def test_global_generators_of_workers_are_seeded():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_environments_log_is_in_the_log(backend, caplog):
+def test_what_environments_log_is_in_the_log(backend, caplog, monkeypatch):
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    caplog.set_level(logging.INFO)
+    caplog.handler.handleError = lambda record: None
     with vectors(vector(Talks, backend, 2)) as vec:
         vec.reset()
-    assert sorted(caplog.messages) == ["battery at 20 %", "battery at 21 %"]
+    said = [record.getMessage() for record in caplog.records if record.args != ("no number",)]
+    assert sorted(said) == ["battery at 20 %", "battery at 21 %", "goodbye", "goodbye"]
     assert {record.name for record in caplog.records} == {"robot"}
 
 
@@ -506,6 +514,13 @@ def test_ids_that_the_program_registers_with_gymnasium_are_known_to_workers(monk
     fns = [functools.partial(make_env, config("gym_Mine-v3"), "train", 0)]
     with vectors(make_vector(fns, "process")) as vec:
         assert vec.reset()["vector"].tolist() == [[0.5, 0.5]]
+
+
+def test_only_what_the_program_registered_itself_is_sent(monkeypatch):
+    """By the package's name: minigrid's ids are registered in a worker too, those of minigrid_mine are not."""
+    for name, entry in {"Mine-v0": "minigrid_mine.envs:E", "Theirs-v0": "minigrid.envs:E", "Retired-v0": None}.items():
+        monkeypatch.setitem(gymnasium.registry, name, gymnasium.envs.registration.EnvSpec(name, entry))
+    assert list(envs.registered()[1]) == ["gym_Mine-v0"]
 
 
 def running(pid):

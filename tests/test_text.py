@@ -89,7 +89,7 @@ def test_which_tokenizer():
 
 def test_what_is_no_text_is_named():
     env = TokenizeText(Says([5], WORDS), length=4)
-    with pytest.raises(ValueError, match="'mission' is a int.*text"):
+    with pytest.raises(TaskError, match="'mission' is a int.*text"):
         env.reset()
 
 

@@ -332,9 +332,9 @@ def test_a_long_film_takes_no_more_memory_than_a_short_one(tmp_path):
         import sys, numpy as np, psutil, tools
         memory = psutil.Process().memory_info
         with tools.Film(sys.argv[1], fps=20) as film:
-            for n in range(3000):
+            for n in range(1500):
                 film.add(np.full((64, 64, 3), n % 256, np.uint8))
-                if n == 600:
+                if n == 300:
                     before = memory().rss
         print(memory().rss - before)
     """
