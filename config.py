@@ -111,6 +111,8 @@ RANGES = {
     "modality_dropout": ">= 0, < 1",
     "dataset_size": ">= 1",
     "keep_on_disk": ">= 0",
+    "env_timeout": ">= 0",
+    "env_restarts": ">= 0",
     "batch_size": ">= 1",
     "batch_length": ">= 2",
     "train_ratio": ">= 0",
@@ -221,7 +223,8 @@ NULLABLE = {
 FREE = (
     *("mode", "checkpoint", "episodes", "logdir", "force", "steps"),
     *("device", "precision", "compile", "graph", "checkpointing", "threads", "deterministic_run"),
-    *("envs", "eval_envs", "parallel", "dataset_size", "keep_on_disk", "replay_device", "evaldir", "offline_evaldir"),
+    *("envs", "eval_envs", "parallel", "env_timeout", "env_restarts"),
+    *("dataset_size", "keep_on_disk", "replay_device", "evaldir", "offline_evaldir"),
     *("log_every", "eval_every", "eval_episode_num", "eval_sample", "save_every", "save_best", "video_pred_log"),
     *("tensorboard", "wandb", "wandb_project", "log_level"),
 )

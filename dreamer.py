@@ -8,6 +8,9 @@ one optimizer step. The number of agent steps is the replay's: what it has ever 
 """
 
 if __name__ == "__main__":  # before torch is imported, so that --help and typing errors answer at once
+    import errors
+
+    errors.end_quietly_on_interrupt()
     import config as configuration
 
     CONFIG = configuration.main_load()
@@ -18,6 +21,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -33,7 +37,7 @@ import tools
 from config import Config, check_resume, resolve_paths
 from envs import env_seed, make_env
 from episodes import infer_spaces
-from errors import UserError
+from errors import UserError, raise_on_interrupt
 from exploration import Random, make_explorer, task_rewards
 from feed import Feed
 from files import disk_errors
@@ -469,7 +473,9 @@ class Trainer:
         self.best = -math.inf  # of the evaluations' mean returns
         self.metrics, self.episode_metrics = tools.Metrics(), tools.Metrics()
         self.pending = None  # latents of the latest update, written back while the device works on the next
-        self.shutdown = tools.Shutdown()
+        self.shutdown = tools.Shutdown(stuck=self._save_data)
+        self.agent.optimizer.unbroken = functools.partial(self.shutdown.breakable, False)
+        self.writing = threading.Lock()  # of the data: it may be saved while this thread hangs
         resumed = self._resume()
         with disk_errors(self.logdir / "config.yaml"):
             # Only now: what could not be built leaves nothing to disagree with.
@@ -639,6 +645,8 @@ class Trainer:
                 else:
                     self._run_online()
                 self._check_finite()
+            except tools.Overdue:
+                log.warning("What was under way when the stop was asked for did not end; it is broken off.")
             except Exception as error:
                 self._rescue(error)
                 raise
@@ -663,18 +671,31 @@ class Trainer:
                 saved = False
                 if self.offline:
                     return
-                self.replay.flush()
+                self._flush()
         except Exception as second:
             log.warning(f"Nothing could be saved any more: {second}")
         else:
             what = "the run" if saved else "the data"
             log.info(f"An error ends the run at frame {self.frames:,}; {what} is saved in {self.logdir}")
 
+    def _save_data(self) -> None:
+        """From another thread, while this one hangs outside of Python; see `tools.Shutdown`."""
+        self._flush()
+        log.warning(
+            f"The run hangs. Its data up to frame {self.frames:,} is saved; its weights are those of latest.pt."
+        )
+
+    def _flush(self) -> None:
+        if not self.offline:
+            with self.writing:
+                self.replay.flush()
+
     def _progress(self) -> tuple[int, int]:
         return self.replay.steps, self.updates
 
     def _run_online(self) -> None:
-        obs = self.envs.reset()
+        with self.shutdown.breakable():
+            obs = self.envs.reset()
         state = self.agent.initial(self.envs.num)
         returns, lengths = np.zeros(self.envs.num), np.zeros(self.envs.num, int)
         self.train()  # updates that an earlier session owed run before new data comes in
@@ -684,7 +705,8 @@ class Trainer:
             self.envs.send(action)
             self.train()  # while the environments step
             self._periodic()
-            obs = self.envs.receive()
+            with self.shutdown.breakable():
+                obs = self.envs.receive()
             returns = np.where(obs["is_first"], 0, returns + obs["reward"])
             lengths = np.where(obs["is_first"], 0, lengths + 1)
             for env in np.flatnonzero(obs["is_last"]):
@@ -713,7 +735,8 @@ class Trainer:
         return action, state, self.agent.latents(state)
 
     def _store(self, replay: Replay, obs: dict, action: np.ndarray, latents: tuple | None) -> None:
-        replay.add_all(obs | {"action": action}, latents)
+        with self.shutdown.breakable(False):
+            replay.add_all(obs | {"action": action}, latents)
 
     def _store_last(self, obs: dict) -> None:
         """The observations that were received and not acted on: of interest where they end an episode."""
@@ -753,7 +776,8 @@ class Trainer:
 
     def _update(self) -> None:
         batch, where = self.feed.next()
-        metrics, latents = self.agent.train_step(batch)
+        with self.shutdown.breakable():  # except where the optimizer moves weights
+            metrics, latents = self.agent.train_step(batch)
         self._write_latents()
         self.pending = (where, self.agent.to_host(*latents))
         self.updates += 1
@@ -790,7 +814,7 @@ class Trainer:
             def store(obs: dict, action: np.ndarray) -> None:
                 self._store(self.eval_replay, obs, action, None)
 
-            with self.logger.new_film("eval/episode", self.frames) as film:
+            with self.logger.new_film("eval/episode", self.frames) as film, self.shutdown.breakable():
                 returns, lengths, entries = play(
                     self.agent, self.eval_envs, config.eval_episode_num, config.eval_sample, generator,
                     film=film if config.video_pred_log else None,
@@ -803,7 +827,8 @@ class Trainer:
                 self.evaluated_at = self.frames
                 self._log_evaluation(returns, lengths, entries)
         if config.video_pred_log and self.eval_replay and self.eval_replay.windows and not self.shutdown.requested:
-            self._log_predictions()
+            with self.shutdown.breakable():
+                self._log_predictions()
         elif config.video_pred_log and self.eval_replay and not self.shutdown.requested and not self.told_short:
             self.told_short = True
             log.info(
@@ -845,6 +870,8 @@ class Trainer:
         self._check_finite()
         scalars = {**self.metrics.result(), **self.episode_metrics.result()}
         scalars |= {"train/updates": self.updates, "train/episodes": self.episodes}
+        if self.config.env_restarts:
+            scalars["train/env_restarts"] = sum(envs.restarts for envs in (self.envs, self.eval_envs) if envs)
         scalars |= {f"replay/{key}": value for key, value in self.replay.stats().items()}
         self.metrics, self.episode_metrics = tools.Metrics(), tools.Metrics()
         log.debug(f"At update {self.updates}: " + ", ".join(f"{key} {value:.4g}" for key, value in scalars.items()))
@@ -854,8 +881,7 @@ class Trainer:
     def save(self, name: str = "latest.pt") -> bool:
         """Data first, then the checkpoint, so that it is never ahead of the data that it counts. False: not saved."""
         self._write_latents()
-        if not self.offline:
-            self.replay.flush()
+        self._flush()
         if self.eval_replay is not None and self.config.offline_evaldir is None:
             self.eval_replay.flush()
         if int(self.agent.optimizer.bad) and not self.agent.optimizer.scaled:  # there overflows now and then are normal
@@ -1004,8 +1030,14 @@ def readable(path: Path | str) -> Iterator[None]:
 
 def make_envs(config: Config, mode: str, count: int, start: int = 0) -> VectorEnv:
     """`count` environments side by side; `mode` is train or eval; `start`: see `make_env`."""
-    fns = [functools.partial(make_env, config, mode, index, start) for index in range(count)]
-    return make_vector(fns, config.parallel, [env_seed(config.seed, mode, index, start) for index in range(count)])
+
+    def maker(index: int, attempt: int = 0) -> tuple[Callable, int]:
+        where = (mode, index, start, attempt)
+        return functools.partial(make_env, config, *where), env_seed(config.seed, *where)
+
+    fns, seeds = zip(*(maker(index) for index in range(count)), strict=True)
+    limits = {"restarts": config.env_restarts, "timeout": config.env_timeout}
+    return make_vector(fns, config.parallel, seeds, again=maker, **limits)
 
 
 def play(
@@ -1110,7 +1142,7 @@ def evaluate_checkpoint(config: Config, modalities: Mapping[str, ModalityConfig]
     device = tools.pick_device(config.device)
     state = load_run(path)
     own = ("mode", "checkpoint", "episodes", "seed", "device", "precision", "compile", "graph", "threads")
-    own += ("eval_sample", "eval_envs", "parallel")
+    own += ("eval_sample", "eval_envs", "parallel", "env_timeout", "env_restarts")
     trained = config.replace(**state["config"])
     config = trained.replace(**({key: config[key] for key in own} | config.given()))
     module = config.task.removeprefix("gym_").partition(":")[0] if ":" in config.task else None
@@ -1210,6 +1242,7 @@ def cli(config: Config) -> int:
 def guarded(function: Callable, *args, advice: str = "") -> int:
     """Runs a front door. Exit status: 0, or 1 with one line that says what is wrong; `advice` joins that on memory."""
     try:
+        raise_on_interrupt()
         function(*args)
     except USER_ERRORS as error:
         print(f"Error: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ Sources: LaProp (Ziyin et al. 2020, arXiv 2002.04839), AGC (Brock et al. 2021, a
 paper; learning rates that adapt themselves (Baydin et al. 2018, arXiv 1703.04782), in a form free of the loss's scale.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable
 
@@ -105,6 +106,7 @@ class Optimizer:
         self.updates, self.bad, self.bad_total = (torch.zeros((), device=device) for _ in range(3))
         self.scaled, self.scale = scaled, torch.full((), 2.0**15 if scaled else 1.0, device=device)
         self.good = torch.zeros((), device=device)  # updates since the scale last changed
+        self.unbroken = contextlib.nullcontext  # a block in which no signal may break off what is done
 
     def step(
         self, loss: Float[Tensor, ""], only: Iterable[str] | None = None, live: Bool[Tensor, ""] | None = None
@@ -132,7 +134,10 @@ class Optimizer:
         self, finite: Bool[Tensor, ""], only: Iterable[str] | None = None, live: Bool[Tensor, ""] | None = None
     ) -> dict[str, Float[Tensor, ""]]:
         """Updates the weights from the gradients that lie in the groups' buffers (see `step`)."""
-        groups = self._chosen(only)
+        with self.unbroken():
+            return self._apply(self._chosen(only), finite, only, live)
+
+    def _apply(self, groups, finite, only, live):
         if self.scaled:
             for group in groups:
                 group.grad.div_(self.scale)

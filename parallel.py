@@ -10,43 +10,49 @@ The three backends give the same batches, in the order of the environments. Work
 import atexit
 import contextlib
 import logging
-import multiprocessing
-import os
-import pickle
-import random
-import signal
-import sys
+import queue
 import threading
 import time
 import traceback
-import types
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
 from multiprocessing import shared_memory
 
 import numpy as np
 
 import envs
 from errors import UserError
+from worker import GRACE, EnvError, Runner, Worker, close_env, end_workers, failure, layout_of, total_bytes, views
 
-FLAGS = ("is_first", "is_last", "is_terminal")
-GRACE = 5.0  # seconds that all workers together have to close their environments
+log = logging.getLogger(__name__)
 
-
-class EnvError(RuntimeError):
-    """An environment failed. `index`: which one; the message ends with its own traceback, where it left one."""
-
-    def __init__(self, message: str, index: int):
-        super().__init__(message)
-        self.index = index
+CREATION = "its creation"  # takes as long as it takes
+INTERVAL = 1.0  # seconds between two looks at what is waited for
+PATIENCE = 20.0  # seconds until the log says which environment has not answered; then at twice the time, and so on
 
 
-def make_vector(fns, backend: str = "process", seeds=None) -> "VectorEnv":
+def make_vector(
+    fns,
+    backend: str = "process",
+    seeds=None,
+    *,
+    again: Callable[[int, int], tuple] | None = None,
+    restarts: int = 0,
+    timeout: float = 0.0,
+) -> "VectorEnv":
     """Runs the environments that `fns` (functions without arguments) create, all with the same spaces.
 
     backend: 'process' (each spawned; the functions must be picklable, by cloudpickle where it is installed), 'thread',
     or 'serial'. seeds: of each worker process's global generators (`random`, `numpy.random`). Threads and this process
     have one of each, which all environments share.
+
+    restarts: how many times, all together, an environment may fail in `reset` or `step` (raise, die, or not answer in
+    time) and be made anew; its episode ends where it was, and the batch has its row of a new `reset`. 0: a failure is
+    an error. again: `again(index, attempt)` is (function, seed) of that environment for its attempt 1, 2, ...; None:
+    those of the first one.
+    timeout: seconds after which an environment that has not answered has failed; 0: never. A worker process is killed,
+    a thread is left behind; 'serial' cannot end its environment and only logs that it waits.
 
     Errors: envs.TaskError as an environment raised it while being made; EnvError for anything else.
     """
@@ -56,29 +62,36 @@ def make_vector(fns, backend: str = "process", seeds=None) -> "VectorEnv":
     fns = list(fns)
     if not fns:
         raise ValueError("make_vector was given no environments, expected at least one.")
-    if backend == "process":
-        return ProcessVector(fns, seeds)
-    return backends[backend](fns)
+    seeds = [None] * len(fns) if seeds is None else list(seeds)
+    again = again or (lambda index, _: (fns[index], seeds[index]))
+    return backends[backend](fns, seeds, again, int(restarts), float(timeout))
 
 
 class VectorEnv:
-    """E environments side by side.
+    """E environments side by side; `make_vector` makes one.
 
     A batch is a dict of arrays [E, ...] that the caller may keep: the observations, `present/<key>` (bool; zeros stand
     in for an observation that is absent), reward, is_first, is_last, is_terminal, and the numeric `log_*` entries, NaN
     for an environment that gives none. After a step with is_last the next action of that environment is ignored and it
-    resets.
+    resets. is_first without is_last before it: the environment failed and was made anew.
 
     After an error, or a Ctrl-C that interrupts a call, the environments are closed.
 
-    A subclass sets the spaces, calls `_allocate`, and implements `_command`, `_answers`, `_render` and `_stop`.
+    num: E. restarts: environments made anew so far.
+
+    A subclass sets the spaces, calls `_allocate`, and implements `_command`, `_answer`, `_restart`, `_give_up`,
+    `_render` and `_stop`.
     """
 
-    def __init__(self, num: int):
-        self.num = num
+    def __init__(self, fns, again, restarts, timeout):
+        self.num = len(fns)
+        self.restarts = 0
+        self._again, self._allowed, self._attempts = again, restarts, [0] * self.num
         self._pending = False
         self._closed = False
+        self._awaited: tuple[int, str, float] | None = None  # which environment, what for, since when
         _open.add(self)
+        threading.Thread(target=_watch, args=(weakref.ref(self), timeout), daemon=True).start()
 
     def reset(self) -> dict:
         """Starts a new episode everywhere."""
@@ -132,6 +145,7 @@ class VectorEnv:
 
     def _issue(self, command):
         self._pending = True
+        self._doing = command
         self._answered(self._command, command)
 
     def _answered(self, method, *args):
@@ -140,6 +154,57 @@ class VectorEnv:
         except BaseException:  # Ctrl-C too: it may have left some environments a step ahead of the others
             self.close()
             raise
+
+    def _answers(self):
+        logs, failed = [], {}
+        try:
+            for index in range(self.num):
+                self._awaited = (index, self._doing, time.monotonic())
+                try:
+                    logs.append(self._answer(index))
+                except EnvError as error:
+                    if self.restarts + len(failed) >= self._allowed:
+                        raise self._used_up(error) from error.__cause__
+                    logs.append(None)
+                    failed[index] = error
+        finally:
+            self._awaited = None
+        for index, error in failed.items():
+            logs[index] = self._make_anew(index, error)
+        return logs
+
+    def _make_anew(self, index, error):
+        """The logs of the new environment's reset; the error of the last attempt where all fail."""
+        pause = 0.0
+        while self.restarts < self._allowed:
+            self.restarts += 1
+            self._attempts[index] += 1
+            log.warning(
+                f"{error}\nIt is made anew ({self.restarts} of {self._allowed} env_restarts); its episode ends there."
+            )
+            time.sleep(pause)
+            pause = min(2 * pause + 1, 30.0)
+            try:
+                with self._await(index, "its reset after a restart"):
+                    return self._restart(index, *self._again(index, self._attempts[index]))
+            except EnvError as another:
+                error = another
+        raise self._used_up(error) from error.__cause__
+
+    def _used_up(self, error):
+        if not self._allowed:
+            log.info("--env_restarts N lets environments fail N times and makes them anew.")
+            return error
+        return EnvError(f"All {self._allowed} restarts (env_restarts) are used up: {error}", error.index)
+
+    @contextlib.contextmanager
+    def _await(self, index, doing):
+        """What is done in the block is waited for, which `_watch` looks at."""
+        self._awaited = (index, doing, time.monotonic())
+        try:
+            yield
+        finally:
+            self._awaited = None
 
     def _check_open(self):
         if self._closed:
@@ -155,12 +220,44 @@ class VectorEnv:
                     f"{self.obs_space} and {self.act_space}: they must agree.",
                     index,
                 )
-        self._layout = _layout(self.obs_space, envs.action_size(self.act_space))
+        self._layout = layout_of(self.obs_space, envs.action_size(self.act_space))
+
+    def _check_spaces(self, index, spaces):
+        """Of an environment that was made anew."""
+        if spaces != (self.obs_space, self.act_space):
+            raise EnvError(f"environment {index} has other spaces after a restart: {spaces[0]} and {spaces[1]}.", index)
 
     def _allocate(self, buffer=None):
-        arrays = _views(self._layout, self.num, buffer)
+        arrays = views(self._layout, self.num, buffer)
         self._actions = arrays.pop("action")
         self._rows = arrays
+
+
+def _watch(reference, timeout):
+    """Says which environment is waited for when that takes long, and ends the waiting after `timeout` seconds. In a
+    thread of its own, since the one that waits cannot.
+    """
+    last, told, warn = None, None, PATIENCE
+    while True:
+        time.sleep(INTERVAL)
+        vector = reference()
+        if vector is None or vector._closed:
+            return
+        awaited = vector._awaited
+        if awaited is not last:
+            if told:
+                log.warning(f"environment {told[0]} has answered.")
+            last, told, warn = awaited, None, PATIENCE
+        if awaited is not None:
+            index, doing, since = awaited
+            waited = time.monotonic() - since
+            if waited >= (warn if doing != CREATION else 3 * warn):
+                told, warn = awaited, 2 * warn
+                remedy = vector._told(timeout) if doing != CREATION else ""
+                log.warning(f"environment {index} has not answered for {waited:.0f} s in {doing}. {remedy}".rstrip())
+            if timeout and waited >= timeout and doing != CREATION:
+                vector._give_up(index, doing, waited)
+        del vector
 
 
 def _close_all():
@@ -172,36 +269,6 @@ _open = weakref.WeakSet()
 # Before the thread pools stop, OpenGL contexts are freed (from a thread that is not theirs) and multiprocessing waits
 # for its children. Plain atexit comes too late for the first two, and does where Python has no such hook.
 getattr(threading, "_register_atexit", atexit.register)(_close_all)
-
-
-def _layout(obs_space, size):
-    """name -> (shape, dtype) of one environment's row in each array."""
-    layout = {"action": ((size,), np.dtype(np.float32)), "reward": ((), np.dtype(np.float32))}
-    layout.update({key: ((), np.dtype(bool)) for key in FLAGS})
-    for key, space in obs_space.items():
-        layout[key] = (tuple(space.shape), np.dtype(space.dtype))
-        layout[f"present/{key}"] = ((), np.dtype(bool))
-    return layout
-
-
-def _views(layout, num, buffer=None):
-    """Arrays [num, ...] one behind the other in buffer, or in their own memory; None asks for new memory."""
-    arrays, offset = {}, 0
-    for key, (shape, dtype) in layout.items():
-        if buffer is None:
-            arrays[key] = np.zeros((num, *shape), dtype)
-        else:
-            arrays[key] = np.ndarray((num, *shape), dtype, buffer, offset)
-            offset = _aligned(offset + arrays[key].nbytes)
-    return arrays
-
-
-def _total_bytes(layout, num):
-    return sum(_aligned(num * int(np.prod(shape)) * dtype.itemsize) for shape, dtype in layout.values())
-
-
-def _aligned(size):
-    return -(-size // 64) * 64  # so that no two arrays share a cache line
 
 
 def _stack_logs(logs):
@@ -216,69 +283,29 @@ def _stack_logs(logs):
     return result
 
 
-class _Runner:
-    """One environment and its row in the arrays: does what the three backends have in common."""
-
-    def __init__(self, env):
-        self.env = env
-        self._ended = True
-
-    def attach(self, arrays, index):
-        self._action = arrays["action"][index]
-        self._rows = {key: rows[index : index + 1] for key, rows in arrays.items() if key != "action"}
-        self._keys = list(self.env.obs_space)
-
-    def detach(self):
-        self._action = self._rows = None
-
-    def run(self, command):
-        """command: 'reset', or 'step', which resets after the end of an episode. Writes the row; returns the logs."""
-        if command == "reset" or self._ended:
-            step = self.env.reset()
-        else:
-            step = self.env.step(self._action.copy())
-        self._ended = bool(step["is_last"])
-        for key in ("reward", *FLAGS):
-            self._rows[key][0] = step[key]
-        for key in self._keys:
-            self._write(key, step.get(key))
-        return {key: value for key, value in step.items() if key.startswith("log_") and _is_numeric(value)}
-
-    def _write(self, key, value):
-        row = self._rows[key]
-        self._rows[f"present/{key}"][0] = value is not None
-        if value is None:
-            row[0] = 0
-        elif np.shape(value) != row.shape[1:]:
-            raise ValueError(f"observation '{key}' has shape {np.shape(value)}, but its space says {row.shape[1:]}.")
-        else:
-            row[0] = value
-
-
-def _is_numeric(value):
-    return np.asarray(value).dtype.kind in "biuf"
-
-
-def _failure(index, doing, text):
-    return EnvError(f"environment {index} failed in {doing}:\n{text.rstrip()}", index)
-
-
 class SerialVector(VectorEnv):
     """One after the other in this process; the work is done in `receive`."""
 
-    def __init__(self, fns):
-        super().__init__(len(fns))
-        self._runners = []
+    def __init__(self, fns, seeds, again, restarts, timeout):
+        self._runners = []  # before anything can be interrupted: `close` looks at them
+        super().__init__(fns, again, restarts, timeout)
         try:
             for index, fn in enumerate(fns):
-                self._runners.append(self._guard(index, "its creation", lambda fn=fn: _Runner(fn())))
-            self._set_spaces([(dict(x.env.obs_space), x.env.act_space) for x in self._runners])
+                with self._await(index, CREATION):
+                    self._runners.append(self._make(index, fn))
+            self._set_spaces([runner.spaces() for runner in self._runners])
         except BaseException:
             self.close()
             raise
         self._allocate()
-        for index, runner in enumerate(self._runners):
-            runner.attach({**self._rows, "action": self._actions}, index)
+        for index in range(self.num):
+            self._attach(index)
+
+    def _make(self, index, fn):
+        return self._guard(index, CREATION, lambda: Runner(fn()))
+
+    def _attach(self, index):
+        self._runners[index].attach({**self._rows, "action": self._actions}, index)
 
     def _guard(self, index, doing, function, *args):
         """Calls function; an error becomes an EnvError. The thread backend calls it in the environment's thread."""
@@ -287,57 +314,120 @@ class SerialVector(VectorEnv):
         except UserError:
             raise
         except Exception as error:
-            raise _failure(index, doing, traceback.format_exc()) from error
+            raise failure(index, doing, traceback.format_exc()) from error
 
     def _command(self, command):
-        self._current = command
+        pass
 
-    def _answers(self):
-        return [self._guard(i, self._current, x.run, self._current) for i, x in enumerate(self._runners)]
+    def _answer(self, index):
+        return self._guard(index, self._doing, self._runners[index].run, self._doing)
+
+    def _restart(self, index, fn, seed):
+        runner, self._runners[index] = self._runners[index], None
+        if runner is not None:
+            self._guard(index, "close", close_env, runner.env)
+        self._runners[index] = self._make(index, fn)
+        self._check_spaces(index, self._runners[index].spaces())
+        self._attach(index)
+        return self._guard(index, "reset", self._runners[index].run, "reset")
+
+    def _give_up(self, index, doing, waited):
+        pass
+
+    def _told(self, timeout):
+        return "It runs in the training process, which cannot end it: --parallel process can (env_timeout)."
 
     def _render(self, index):
         return self._guard(index, "render", self._runners[index].env.render)
 
     def _stop(self):
-        for runner in self._runners:
-            _close_env(runner.env)
+        for runner in filter(None, self._runners):
+            close_env(runner.env)
 
 
 class ThreadVector(SerialVector):
     """Each environment in a thread of its own from its creation to its end: an OpenGL context belongs to a thread."""
 
-    def __init__(self, fns):
-        self._threads = [ThreadPoolExecutor(1, f"env-{i}") for i in range(len(fns))]
-        self._futures = []
-        super().__init__(fns)
+    def __init__(self, fns, seeds, again, restarts, timeout):
+        self._threads = [_Thread(f"env-{i}") for i in range(len(fns))]
+        self._futures: list[Future | None] = [None] * len(fns)
+        super().__init__(fns, seeds, again, restarts, timeout)
 
     def _guard(self, index, doing, function, *args):
-        return self._threads[index].submit(super()._guard, index, doing, function, *args).result()
+        self._futures[index] = self._threads[index].submit(super()._guard, index, doing, function, *args)
+        return self._futures[index].result()
 
     def _command(self, command):
         guard = super()._guard
-        self._futures = [
-            thread.submit(guard, i, command, runner.run, command)
-            for i, (thread, runner) in enumerate(zip(self._threads, self._runners, strict=True))
-        ]
+        for index, (thread, runner) in enumerate(zip(self._threads, self._runners, strict=True)):
+            self._futures[index] = thread.submit(guard, index, command, runner.run, command)
 
-    def _answers(self):
-        return [future.result() for future in self._futures]
+    def _answer(self, index):
+        return self._futures[index].result()
+
+    def _restart(self, index, fn, seed):
+        if self._threads[index].abandoned:  # it may still hang, and its environment with it
+            self._threads[index], self._runners[index] = _Thread(f"env-{index}"), None
+        return super()._restart(index, fn, seed)
+
+    def _give_up(self, index, doing, waited):
+        message = f"environment {index}: its thread had not answered for {waited:.0f} s in {doing} (env_timeout)."
+        self._threads[index].abandoned = True
+        _settle(self._futures[index].set_exception, EnvError(message, index))
+
+    def _told(self, timeout):
+        return f"It fails after {timeout:.0f} s (env_timeout)." if timeout else "--env_timeout SECONDS would end that."
 
     def _stop(self):
-        for thread, runner in zip(self._threads, self._runners, strict=False):
-            thread.submit(_close_env, runner.env)
+        closing = [
+            thread.submit(close_env, runner.env)
+            for thread, runner in zip(self._threads, self._runners, strict=False)
+            if runner is not None and not thread.abandoned
+        ]
+        deadline = time.monotonic() + GRACE
+        for future in closing:
+            with contextlib.suppress(TimeoutError):  # it hangs, and is left behind
+                future.result(max(0.0, deadline - time.monotonic()))
         for thread in self._threads:
-            thread.shutdown()
+            thread.end(max(0.0, deadline - time.monotonic()))
 
 
-def _close_env(env):
-    """Errors in close are printed, not raised: they must not hide the reason for closing."""
-    try:
-        if hasattr(env, "close"):
-            env.close()
-    except Exception:
-        traceback.print_exc()
+class _Thread:
+    """Runs functions one after the other in one thread. One that hangs does not keep the program from ending, as those
+    of concurrent.futures do.
+    """
+
+    def __init__(self, name):
+        self.abandoned = False
+        self._jobs = queue.SimpleQueue()
+        self._thread = threading.Thread(target=_run_jobs, args=(self._jobs,), name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, function, *args) -> Future:
+        future = Future()
+        self._jobs.put((future, function, args))
+        return future
+
+    def end(self, wait):
+        self._jobs.put(None)
+        self._thread.join(0 if self.abandoned else wait)
+
+
+def _run_jobs(jobs):
+    while (job := jobs.get()) is not None:
+        future, function, args = job
+        try:
+            result = function(*args)
+        except BaseException as error:
+            _settle(future.set_exception, error)
+        else:
+            _settle(future.set_result, result)
+        del job, future, function, args
+
+
+def _settle(settle, value):
+    with contextlib.suppress(InvalidStateError):  # nobody waits any more
+        settle(value)
 
 
 class ProcessVector(VectorEnv):
@@ -347,281 +437,74 @@ class ProcessVector(VectorEnv):
     `render` through a pipe. A process that dies is noticed because its end of the pipe closes.
     """
 
-    def __init__(self, fns, seeds=None):
-        super().__init__(len(fns))
-        self._pipes, self._processes = [], []
-        self._memory, self._named = None, True
+    def __init__(self, fns, seeds, again, restarts, timeout):
+        self._workers: list[Worker] = []
+        self._memory, self._named = None, False
+        super().__init__(fns, again, restarts, timeout)
         try:
-            factories = envs.registered()
+            self._factories = envs.registered()
             for index, fn in enumerate(fns):
-                self._start(index, fn, factories, None if seeds is None else seeds[index])
-            self._doing = "its creation"
-            self._set_spaces([self._receive_from(i) for i in range(self.num)])
+                self._workers.append(Worker(index, fn, self._factories, seeds[index]))
+            self._set_spaces([self._spaces(worker) for worker in self._workers])
             self._share_memory()
         except BaseException:
             self.close()
             raise
 
-    def _start(self, index, fn, factories, seed):
-        try:
-            payload = envs.dumps((factories, fn, seed, logging.getLogger().level))
-        except Exception as error:
-            raise EnvError(
-                f"environment {index}: its function cannot be pickled for a worker process ({error}): "
-                "install cloudpickle, or use parallel: thread.",
-                index,
-            ) from error
-        ours, theirs = multiprocessing.Pipe()
-        context = multiprocessing.get_context("spawn")
-        # Not daemonic: a daemon may not have children, and simulators often are some. `_close_all` ends it.
-        process = context.Process(target=_work, args=(index, theirs, payload), name=f"env-{index}", daemon=False)
-        with _bare_start():
-            process.start()
-        theirs.close()  # so that the worker holds the only copy, and its death closes the pipe
-        self._pipes.append(ours)
-        self._processes.append(process)
+    def _spaces(self, worker):
+        with self._await(worker.index, CREATION):
+            return worker.receive(CREATION)
 
     def _share_memory(self):
-        self._memory = shared_memory.SharedMemory(create=True, size=_total_bytes(self._layout, self.num))
+        """Without a name, from the moment that every worker has it open: it ends with its users, however they end."""
+        before = self._memory
+        self._memory = shared_memory.SharedMemory(create=True, size=total_bytes(self._layout, self.num))
+        self._named = True
         self._allocate(self._memory.buf)
-        self._command((self._memory.name, self._layout, self.num))
-        self._answers()
-        self._memory.unlink()  # every worker has it open: without a name it ends with its users, however they end
+        for worker in self._workers:
+            worker.send(("attach", self._memory.name, self._layout, self.num))
+        for worker in self._workers:
+            worker.receive(CREATION)
+        self._memory.unlink()
         self._named = False
+        if before is not None:
+            before.close()
 
     def _command(self, command):
-        self._doing = command if isinstance(command, str) else "its creation"
-        for index in range(self.num):
-            self._send_to(index, command)
+        for worker in self._workers:
+            worker.send(command)
 
-    def _answers(self):
-        return [self._receive_from(index) for index in range(self.num)]
+    def _answer(self, index):
+        return self._workers[index].receive(self._doing)
 
-    def _render(self, index):
-        self._doing = "render"
-        self._send_to(index, "render")
-        return self._receive_from(index)
+    def _restart(self, index, fn, seed):
+        """All others have answered: they move to a new block of memory, since the old one has no name to open it by."""
+        end_workers([self._workers[index]])
+        self._workers[index] = Worker(index, fn, self._factories, seed)
+        self._check_spaces(index, self._workers[index].receive(CREATION))
+        rows = {key: value.copy() for key, value in self._rows.items()}
+        self._share_memory()
+        for key, value in rows.items():
+            self._rows[key][:] = value
+        self._workers[index].send("reset")
+        return self._workers[index].receive("reset")
 
-    def _send_to(self, index, message):
-        try:
-            self._pipes[index].send(message)
-        except OSError:
-            raise self._death(index) from None
+    def _give_up(self, index, doing, waited):
+        self._workers[index].give_up(waited)
 
-    def _receive_from(self, index):
-        try:
-            while _log(message := self._pipes[index].recv()):
-                pass
-            kind, content = message
-        except (EOFError, OSError):
-            raise self._death(index) from None
-        if kind == "task error":
-            raise envs.TaskError(content)
-        if kind == "error":
-            raise _failure(index, self._doing, content)
-        return content
-
-    def _death(self, index):
-        process = self._processes[index]
-        process.join(GRACE)
-        code = process.exitcode
-        name = ""
-        if code is not None and code < 0:
-            with contextlib.suppress(ValueError):
-                name = f" ({signal.Signals(-code).name})"
-        hint = {
-            -signal.SIGKILL: " The system may have run out of memory.",
-            -signal.SIGBUS: " /dev/shm may be too small (docker run --shm-size=1g).",
-        }.get(code, "")
-        return EnvError(
-            f"environment {index}: its worker process (pid {process.pid}) died without a word in "
-            f"{self._doing}, exit code {code}{name}.{hint}",
-            index,
+    def _told(self, timeout):
+        return (
+            f"It is killed after {timeout:.0f} s (env_timeout)." if timeout else "--env_timeout SECONDS would kill it."
         )
 
+    def _render(self, index):
+        self._workers[index].send("render")
+        with self._await(index, "render"):
+            return self._workers[index].receive("render")
+
     def _stop(self):
-        for pipe in self._pipes:
-            with contextlib.suppress(OSError):
-                pipe.send("close")
-        deadline = time.monotonic() + GRACE
-        for pipe in self._pipes:  # what they log at their ends; a full pipe would keep them from it
-            with contextlib.suppress(EOFError, OSError):
-                while pipe.poll(max(0.0, deadline - time.monotonic())):
-                    _log(pipe.recv())
-        groups = [process.pid for process in self._processes]
-        for process in self._processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-            process.close()
-        _end_groups(groups)
-        for pipe in self._pipes:
-            pipe.close()
+        end_workers(self._workers)
         if self._memory is not None:
             self._memory.close()
             if self._named:
                 self._memory.unlink()
-
-
-def _log(message):
-    """Logs a worker's message (kind, content) if that is what it is for; False for any other."""
-    kind, content = message
-    if kind == "log":
-        logging.getLogger(content[0]).log(*content[1:])
-    return kind == "log"
-
-
-def _end_groups(groups):
-    """Ends what workers have started and left behind: each leads a process group, which its children belong to."""
-    left = [group for group in groups if _signal_group(group, signal.SIGTERM)]
-    deadline = time.monotonic() + 1
-    while left and time.monotonic() < deadline:
-        time.sleep(0.01)
-        left = [group for group in left if _signal_group(group, 0)]
-    for group in left:
-        _signal_group(group, signal.SIGKILL)
-
-
-def _signal_group(group, number):
-    """Whether there was anyone to receive it."""
-    try:
-        os.killpg(group, number)
-    except (AttributeError, ProcessLookupError, PermissionError):  # not on Windows; nothing left; nothing of ours
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _bare_start():
-    """A spawned process imports the program's main module, and torch with it: seconds and hundreds of megabytes per
-    worker. What it needs comes by value (cloudpickle), so the main module is out of sight while it starts.
-
-    SIGINT is blocked meanwhile, and in the worker until it has handlers of its own: Ctrl-C is for the parent, even
-    during start-up.
-    """
-    main = sys.modules["__main__"]
-    hide = _has_cloudpickle()
-    block = hasattr(signal, "pthread_sigmask")
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if block else None
-    try:
-        if hide:
-            sys.modules["__main__"] = types.ModuleType("__main__")
-        yield
-    finally:
-        sys.modules["__main__"] = main
-        if block:
-            signal.pthread_sigmask(signal.SIG_SETMASK, old)
-
-
-def _has_cloudpickle():
-    try:
-        import cloudpickle  # noqa: F401
-    except ModuleNotFoundError:
-        return False
-    return True
-
-
-def _work(index, pipe, payload):
-    """The life of a worker process."""
-    _stay_when_told()
-    pipe = _Pipe(pipe)
-    logging.getLogger().addHandler(_ToParent(pipe))
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    env = memory = runner = None
-    orphaned = False
-    try:
-        factories, fn, seed, level = pickle.loads(payload)
-        logging.getLogger().setLevel(level)
-        if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed)
-        envs.restore_registered(*factories)
-        env = fn()
-        runner = _Runner(env)
-        pipe.send(("spaces", (dict(env.obs_space), env.act_space)))
-        while (command := pipe.recv()) != "close":
-            if isinstance(command, tuple):
-                name, layout, num = command
-                memory = shared_memory.SharedMemory(name)
-                runner.attach(_views(layout, num, memory.buf), index)
-                pipe.send(("ready", None))
-            elif command == "render":
-                pipe.send(("frame", env.render()))
-            else:
-                pipe.send(("logs", runner.run(command)))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        orphaned = True
-    except UserError as error:
-        _report(pipe, "task error", str(error))
-    except BaseException:
-        _report(pipe, "error", traceback.format_exc())
-    finally:
-        if env is not None:
-            _close_env(env)
-        if memory is not None:
-            runner.detach()
-            memory.close()
-        if orphaned:
-            _end_own_group()
-
-
-def _stay_when_told():
-    """The parent decides when to stop: a signal to all processes (Ctrl-C, a job scheduler's SIGTERM) would otherwise
-    take the environments away while it is still saving.
-
-    Handlers, not SIG_IGN and no mask: those would pass on to every program that the environment starts, which could
-    then not be ended. A group of its own keeps Ctrl-C from these programs, and lets all of them be ended.
-    """
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-class _Pipe:
-    """A worker's end of the pipe. Several threads may send: an environment may log from any."""
-
-    def __init__(self, pipe):
-        self._pipe, self._lock = pipe, threading.Lock()
-        self.recv = pipe.recv
-
-    def send(self, message):
-        with self._lock:
-            self._pipe.send(message)
-
-
-class _ToParent(logging.Handler):
-    """Hands a worker's log on to the parent's."""
-
-    def __init__(self, pipe):
-        super().__init__()
-        self._pipe = pipe
-
-    def emit(self, record):
-        try:
-            self._pipe.send(("log", (record.name, record.levelno, "%s", self.format(record))))
-        except OSError:
-            pass  # the parent is gone
-        except Exception:
-            self.handleError(record)
-
-
-def _report(pipe, kind, text):
-    with contextlib.suppress(OSError):
-        pipe.send((kind, text))
-
-
-def _exit_with_parent():
-    """Ends this process with its parent even in the middle of a long step, and what it has started."""
-    multiprocessing.parent_process().join()
-    time.sleep(GRACE)  # for an environment that can be closed in the ordinary way
-    _end_own_group()
-    os._exit(1)
-
-
-def _end_own_group():
-    if hasattr(os, "killpg") and os.getpgid(0) == os.getpid():
-        os.killpg(0, signal.SIGKILL)

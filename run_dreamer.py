@@ -6,6 +6,11 @@ Checkpoints are in `checkpoints/`: `latest.pt`, which the same command resumes, 
 evaluation.
 """
 
+if __name__ == "__main__":
+    import errors
+
+    errors.end_quietly_on_interrupt()
+
 import argparse
 import difflib
 import importlib.util

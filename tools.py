@@ -17,9 +17,10 @@ import resource
 import signal
 import sys
 import threading
+import time
 import zipfile
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ __all__ = [
     "Film",
     "Logger",
     "Metrics",
+    "Overdue",
     "Progress",
     "Replay",
     "Shutdown",
@@ -321,6 +323,10 @@ def set_threads(n: int) -> None:
 # Signals
 
 
+class Overdue(KeyboardInterrupt):
+    """What was under way when a stop was asked for did not end in time: it is broken off."""
+
+
 class Shutdown:
     """While the block runs, SIGINT, SIGTERM and SIGHUP (a closed terminal) only set `requested`, so that the loop can
     save and end by itself. SIGTERM or SIGHUP that is ignored already, as under nohup, stays so. SIGINT does not: shells
@@ -328,11 +334,19 @@ class Shutdown:
 
     Ctrl-C after that raises KeyboardInterrupt at once. The earlier handlers are back after the block. Outside the main
     thread, where Python allows no handlers, it does nothing.
+
+    Job schedulers wait some 30 seconds between SIGTERM and SIGKILL; an environment may hang for longer than that, and a
+    compilation may last longer. A block `breakable()` therefore ends in `Overdue` if it has not ended `grace` seconds
+    after the signal. Python cannot break off a call of a library that does not return: `stuck()` is then called in
+    another thread, `2 * grace` seconds after the signal.
     """
 
-    def __init__(self):
+    def __init__(self, grace: float = 6.0, stuck: Callable[[], None] | None = None):
         self.requested = False
+        self._grace, self._stuck = grace, stuck
+        self._breakable = False
         self._earlier = {}
+        self._timer, self._alarm, self._broken = None, (0.0, 0.0), -math.inf
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -342,9 +356,21 @@ class Shutdown:
         return self
 
     def __exit__(self, *exception):
+        if self._timer is not None:
+            signal.setitimer(signal.ITIMER_REAL, *self._alarm)
+            self._timer.cancel()
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
         self._earlier.clear()
+
+    @contextlib.contextmanager
+    def breakable(self, allowed: bool = True) -> Iterator[None]:
+        """A block that may be broken off at any point; with `allowed` False, a part of such a block that may not."""
+        before, self._breakable = self._breakable, allowed
+        try:
+            yield
+        finally:
+            self._breakable = before
 
     def _handle(self, number: int, frame) -> None:
         if self.requested:
@@ -352,9 +378,24 @@ class Shutdown:
                 raise KeyboardInterrupt
             return
         self.requested = True
+        self._earlier[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._break)
+        self._alarm = signal.setitimer(signal.ITIMER_REAL, self._grace, 0.2)
+        self._timer = threading.Timer(2 * self._grace, self._help)
+        self._timer.daemon = True
+        self._timer.start()
         # Not print: the signal may have interrupted a print, which cannot be entered twice.
         with contextlib.suppress(OSError):
             os.write(2, b"\nsaving, press Ctrl-C again to stop at once\n")
+
+    def _break(self, number: int, frame) -> None:
+        # Once, and not while that is on its way out, closing environments; again where a library made nothing of it.
+        if self._breakable and time.monotonic() - self._broken > 10:
+            self._broken = time.monotonic()
+            raise Overdue
+
+    def _help(self) -> None:
+        if self._breakable and self._stuck is not None:
+            self._stuck()
 
 
 def end_with_parent() -> None:

@@ -74,12 +74,12 @@ def register_env(name: str, factory) -> None:
     _registry[name] = factory
 
 
-def make_env(config, mode: str = "train", index: int = 0, start: int = 0) -> Env:
+def make_env(config, mode: str = "train", index: int = 0, start: int = 0, attempt: int = 0) -> Env:
     """The environment of `config.task` with every wrapper applied.
 
     config: has task, seed, action_repeat, time_limit (frames), image_size and the sections of the suites.
-    mode: 'train' or 'eval'. index: number of this environment. start: what tells the starts of one run apart. Seed,
-    mode, index and start decide its randomness.
+    mode: 'train' or 'eval'. index: number of this environment. start: what tells the starts of one run apart. attempt:
+    how often this environment failed since the start. Seed, mode, index, start and attempt decide its randomness.
     Its `step` takes one vector [A] (see wrappers.NormalizeAction, OneHotAction, MultiOneHotAction).
 
     Errors: TaskError, one line, for a task that does not exist or whose package is missing.
@@ -89,7 +89,7 @@ def make_env(config, mode: str = "train", index: int = 0, start: int = 0) -> Env
     if sys.platform.startswith("linux"):
         # MuJoCo picks a windowed renderer unless told; without a screen that fails, EGL renders on GPU and CPU alike.
         os.environ.setdefault("MUJOCO_GL", "egl")
-    seed = env_seed(config.seed, mode, index, start)
+    seed = env_seed(config.seed, mode, index, start, attempt)
     env = Exclusive(_create(config, mode, index, seed), config.task)
     try:
         return _wrap(env, config, seed, speaks=mode == "train" and index == 0)
@@ -98,9 +98,12 @@ def make_env(config, mode: str = "train", index: int = 0, start: int = 0) -> Env
         raise
 
 
-def env_seed(seed: int, mode: str, index: int, start: int = 0) -> int:
-    """One seed (31 bits) per environment: those of neighbouring seeds, modes, indices and starts are unrelated."""
-    sequence = np.random.SeedSequence([int(seed), MODES.index(mode), int(index), *([int(start)] if start else [])])
+def env_seed(seed: int, mode: str, index: int, start: int = 0, attempt: int = 0) -> int:
+    """One seed (31 bits) per environment: those of neighbouring seeds, modes, indices, starts and attempts are
+    unrelated.
+    """
+    later = [int(start), int(attempt)] if attempt else [int(start)] if start else []
+    sequence = np.random.SeedSequence([int(seed), MODES.index(mode), int(index), *later])
     return int(sequence.generate_state(1)[0] >> 1)
 
 

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -713,6 +714,111 @@ def test_whatever_ends_a_run_saves_first(tmp_path, how):
     stored = [np.load(path) for path in sorted((tmp_path / "train_eps").glob("*.npz"))]
     assert [len(piece["reward"]) for piece in stored] == [25, 25]  # the reset, and 24 good steps
     assert not any(piece["is_terminal"].any() for piece in stored)
+
+
+class HangsOnce(Toy):
+    """Asks the run to stop and hangs, in the 25th step."""
+
+    def step(self, action):
+        if self.episode == 0 and self.count == 24:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return super().step(action)
+
+
+def hang(*_, **__):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("where", ["step", "evaluation", "film", "prediction", "update", "compilation"])
+def test_a_stop_breaks_off_what_does_not_end_and_saves(tmp_path, where, monkeypatch, caplog):
+    monkeypatch.setattr(tools, "Shutdown", functools.partial(tools.Shutdown, grace=0.3))
+    register_env("toy", functools.partial(*((HangsOnce, 30) if where == "step" else (Toy, 20))))
+    if where == "evaluation":
+        register_env("toy", lambda mode: HangsOnce(30) if mode == "eval" else Toy(20))
+    flags = ["--task", "toy", "--steps", 400, "--save_every", 1000, "--video_pred_log", "true", "--batch_length", 8]
+    flags += ["--eval_every", 0 if where == "step" else 40, "--eval_envs", 1, "--eval_episode_num", 2]
+    with contextlib.closing(make_trainer(tmp_path, *flags)) as trainer:
+        if where == "film":
+            monkeypatch.setattr(trainer.logger, "film", hang)
+        if where == "prediction":
+            monkeypatch.setattr(trainer.agent.world_model, "predict", hang)
+        if where == "update":
+            monkeypatch.setattr(trainer.agent.behavior, "loss", hang)
+        if where == "compilation":
+            monkeypatch.setattr(dreamer, "total_loss", torch.compile(dreamer.total_loss, backend=hang))
+        begun = time.monotonic()
+        trainer.run()
+        assert time.monotonic() - begun < 30 and "it is broken off" in caplog.text
+        frames, entries = trainer.frames, len(trainer.replay)
+    assert tools.load_checkpoint(tmp_path / "latest.pt")["counters"]["frames"] == frames > 20
+    stored = [np.load(path) for path in (tmp_path / "train_eps").glob("*.npz")]
+    assert sum(len(piece["reward"]) for piece in stored) == entries
+    monkeypatch.undo()
+    with contextlib.closing(make_trainer(tmp_path, *flags, "--steps", frames + 20)) as trainer:
+        assert trainer.frames == frames
+        trainer.run()
+
+
+def test_data_is_saved_while_the_run_hangs_outside_of_python(tmp_path, monkeypatch, caplog):
+    """Its thread gets no signal there, as in a call of a library that does not return."""
+
+    class Hangs(Toy):
+        def step(self, action):
+            if self.count == 24:
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+                end = time.monotonic() + 20
+                while time.monotonic() < end and not list((tmp_path / "train_eps").glob("*.npz")):
+                    time.sleep(0.05)
+                found.extend(np.load(path) for path in (tmp_path / "train_eps").glob("*.npz"))
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+            return super().step(action)
+
+    found = []
+    monkeypatch.setattr(tools, "Shutdown", functools.partial(tools.Shutdown, grace=0.2))
+    monkeypatch.setattr(tools.Shutdown.func, "_break", lambda *_: None)
+    register_env("toy", lambda: Hangs(100))
+    with contextlib.closing(make_trainer(tmp_path, "--task", "toy", "--envs", 1, "--save_every", 1000)) as trainer:
+        trainer.run()
+    assert len(found) == 1 and len(found[0]["reward"]) == 25 and "The run hangs" in caplog.text
+    assert (tmp_path / "latest.pt").exists()  # once it came back
+
+
+def test_environments_that_fail_are_made_anew(tmp_path):
+    """Nothing of their episodes is lost, each is marked as cut, and the new ones differ from those before."""
+
+    class Breaks(Toy):
+        def observe(self):
+            return super().observe() | {"vector": rng.normal(size=3).astype(np.float32)}
+
+        def step(self, action):
+            if rng.random() < 0.1:
+                raise ZeroDivisionError("the simulator diverged")
+            return super().step(action)
+
+    rng = np.random.default_rng(0)
+    register_env("toy", lambda: Breaks(30))
+    flags = ["--task", "toy", "--steps", 200, "--log_every", 50, "--env_restarts", 1000, "--logdir", tmp_path]
+    succeed(*BARE, *flags)
+    pieces = [np.load(path) for path in (tmp_path / "train_eps").glob("*.npz")]
+    assert sum(len(piece["reward"]) - 1 for piece in pieces) in (200, 201)  # frames; two environments
+    cut = [piece for piece in pieces if not piece["is_terminal"][-1]]
+    assert len(cut) >= 10 and all(not piece["is_terminal"].any() for piece in cut)
+    rows = metrics(tmp_path)
+    assert 10 <= rows[-1]["train/env_restarts"] <= len(cut) + 2
+    log = (tmp_path / "log.txt").read_text()
+    assert "the simulator diverged" in log and "made anew (1 of 1000 env_restarts)" in log
+    status, _, err = run(*BARE, *flags, "--steps", 400, "--env_restarts", 2)
+    assert status == 1 and "All 2 restarts (env_restarts) are used up" in err
+    assert "An error ends the run at frame" in (tmp_path / "log.txt").read_text()
+
+
+def test_an_environment_that_was_made_anew_does_not_repeat_itself():
+    seeds = {envs.env_seed(0, "train", 1, start, attempt) for start in range(5) for attempt in range(5)}
+    assert len(seeds) == 25 and envs.env_seed(0, "train", 1, 3) in seeds
 
 
 def test_a_run_that_fails_at_once_is_not_bound_to_its_settings(tmp_path):

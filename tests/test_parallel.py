@@ -21,6 +21,7 @@ import pytest
 from gymnasium import spaces
 
 import envs
+import parallel
 from envs import Env, TaskError, make_env, register_env, transition
 from parallel import EnvError, make_vector
 
@@ -428,6 +429,43 @@ class Talks(Count):
         logging.getLogger("robot").info("goodbye")
 
 
+class Fails(Count):
+    """Environment 1 fails in its third step, each time that it is made until `attempt` is `until`."""
+
+    def __init__(self, index=0, attempt=0, until=99, how="raise"):
+        super().__init__(index)
+        self.attempt, self.until, self.how = attempt, until, how
+        if how == "creation" and attempt in (1, 2):
+            raise OSError("the port is in use")
+        if how == "spaces" and attempt:
+            self.act_space = spaces.Box(-1, 1, (3,), np.float32)
+
+    def step(self, action):
+        if self.index == 1 and self.count == 2 and self.attempt < self.until:
+            if self.how == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.how == "hang":
+                time.sleep(60)
+            raise ZeroDivisionError("the simulator diverged")
+        return super().step(action)
+
+    def reset(self):
+        if self.how == "reset" and self.attempt == 1:
+            raise ZeroDivisionError("nothing to start from")
+        return super().reset()
+
+    def observe(self, action):
+        return super().observe(action) | {"log_attempt": self.attempt}
+
+
+def restarted(backend, num=3, restarts=0, timeout=0.0, **options):
+    def again(index, attempt):
+        return functools.partial(Fails, index, attempt, **options), None
+
+    fns = [functools.partial(Fails, index, **options) for index in range(num)]
+    return make_vector(fns, backend, again=again, restarts=restarts, timeout=timeout)
+
+
 PROGRAMS = ("log_program0", "log_program1")
 
 
@@ -473,6 +511,120 @@ def test_nothing_is_left_by_a_program_that_was_ended(number):
     process.wait()
     wait_until(lambda: not any(running(pid) for pid in workers + programs))
     process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    "backend, how",
+    [*((backend, "raise") for backend in BACKENDS), ("thread", "hang"), ("process", "hang"), ("process", "die")],
+)
+def test_an_environment_that_fails_is_made_anew(backend, how, caplog, monkeypatch):
+    """Its episode is over without an end, a new one begins; the others go on; after two restarts it is an error."""
+    monkeypatch.setattr(parallel, "INTERVAL", 0.1)
+    monkeypatch.setattr(parallel, "GRACE", 0.5)
+    patience = {"thread": 1.0, "process": 4.0}[backend] if how == "hang" else 0  # a process takes a while to start
+    with vectors(restarted(backend, restarts=2, timeout=patience, how=how)) as vec:
+        vec.reset()
+        seen = [vec.step(np.full((3, 2), n, np.float32)) for n in range(6)]
+        assert [batch["count"][1, 0] for batch in seen] == [1, 2, 0, 1, 2, 0] and vec.restarts == 2
+        assert [batch["is_first"][1] for batch in seen] == [False, False, True] * 2
+        assert not any(batch["is_last"][1] for batch in seen)
+        assert [batch["log_attempt"][1] for batch in seen] == [0, 0, 1, 1, 1, 2]
+        assert [batch["count"][2, 0] for batch in seen] == [1, 2, 3, 4, 5, 0]  # an episode of its own length
+        assert [batch["reward"][2] for batch in seen] == [0, 2, 4, 6, 8, 0]
+        np.testing.assert_array_equal(seen[2]["touch"][2], seen[2]["touch"][0] * 0)  # absent at odd counts
+        warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert len(warnings) == 2 and "made anew (1 of 2 env_restarts)" in warnings[0]
+        reason = {
+            "raise": "the simulator diverged",
+            "hang": f"had not answered for {patience:.0f} s in step",
+            "die": "SIGKILL",
+        }[how]
+        assert all(reason in text and "environment 1" in text for text in warnings)
+        vec.step(np.zeros((3, 2)))
+        vec.step(np.zeros((3, 2)))
+        with pytest.raises(EnvError, match=r"(?s)All 2 restarts \(env_restarts\) are used up: environment 1"):
+            vec.step(np.zeros((3, 2)))
+
+
+@pytest.mark.parametrize("backend", ["serial", "process"])
+def test_a_restart_may_fail_too(backend, monkeypatch):
+    monkeypatch.setattr(parallel.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.05)))
+    for how, reason, most in [("creation", "the port is in use", 3), ("reset", "nothing to start from", 2)]:
+        for restarts in (most, most - 1) if backend == "serial" else (most,):
+            with vectors(restarted(backend, 2, restarts, until=1, how=how)) as vec:
+                vec.reset()
+                for _ in range(2):
+                    vec.step(np.zeros((2, 2)))
+                if restarts < most:
+                    with pytest.raises(EnvError, match=f"(?s)environment 1.*{reason}"):
+                        vec.step(np.zeros((2, 2)))
+                else:
+                    assert vec.step(np.zeros((2, 2)))["log_attempt"].tolist() == [0, most] and vec.restarts == most
+                    assert vec.step(np.zeros((2, 2)))["count"].tolist() == [[0], [1]]
+    with vectors(restarted(backend, 2, 1, how="spaces")) as vec:
+        vec.reset()
+        with pytest.raises(EnvError, match="environment 1 has other spaces after a restart"):
+            for _ in range(3):
+                vec.step(np.zeros((2, 2)))
+
+
+def test_a_dead_worker_is_made_anew_wherever_it_died():
+    """Between two steps too; and nothing that it had started is left."""
+    fns = [functools.partial(Simulated, index) for index in range(2)]
+    with vectors(make_vector(fns, "process", restarts=1)) as vec:
+        batch = vec.reset()
+        programs = [int(batch[key][1]) for key in PROGRAMS]
+        os.kill(int(batch["log_pid"][1]), signal.SIGKILL)
+        wait_until(lambda: not running(int(batch["log_pid"][1])))
+        after = vec.step(np.zeros((2, 2)))
+        assert after["is_first"].tolist() == [False, True] and after["log_pid"][1] != batch["log_pid"][1]
+        assert not any(running(pid) for pid in programs)
+
+
+@pytest.mark.parametrize("backend", ["thread", "process"])
+def test_an_environment_that_hangs_is_an_error_after_a_while(backend, monkeypatch):
+    monkeypatch.setattr(parallel, "INTERVAL", 0.1)
+    with vectors(restarted(backend, 2, timeout=0.5, how="hang")) as vec:
+        vec.reset()
+        vec.step(np.zeros((2, 2)))
+        vec.step(np.zeros((2, 2)))
+        with pytest.raises(EnvError, match=r"environment 1: .* had not answered for \d s in step.*env_timeout"):
+            vec.step(np.zeros((2, 2)))
+
+
+class Slow(Count):
+    def step(self, action):
+        time.sleep(1.0 * self.index)
+        return super().step(action)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_log_names_an_environment_that_is_waited_for(backend, caplog, monkeypatch):
+    with vectors(vector(Slow, backend, 2)) as vec:
+        monkeypatch.setattr(parallel, "PATIENCE", 0.4)
+        monkeypatch.setattr(parallel, "INTERVAL", 0.1)
+        vec.reset()
+        time.sleep(1.1)  # the watch is at its usual interval
+        vec.step(np.zeros((2, 2)))
+        time.sleep(0.5)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert warnings[0].startswith("environment 1 has not answered for ") and " in step." in warnings[0]
+    assert "env_timeout" in warnings[0] and warnings[-1] == "environment 1 has answered."
+
+
+def test_a_thread_that_hangs_does_not_keep_the_program():
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import numpy as np, parallel, test_parallel
+parallel.GRACE = 0.2
+vec = test_parallel.restarted("thread", timeout=1.0, how="hang")
+vec.reset()
+for _ in range(3):
+    vec.step(np.zeros((3, 2)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert result.returncode == 1 and "had not answered" in result.stderr
 
 
 def test_environments_may_start_processes():

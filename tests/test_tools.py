@@ -824,6 +824,25 @@ def test_the_log_goes_on_without_stdout(tmp_path, lost):
     assert written.count("stdout is gone") == (lost == "pipe")
 
 
+def test_a_stop_breaks_off_only_what_it_may():
+    earlier = signal.getsignal(signal.SIGALRM), signal.setitimer(signal.ITIMER_REAL, 100)
+    called = []
+    with tools.Shutdown(grace=0.2, stuck=lambda: called.append(1)) as shutdown:
+        with shutdown.breakable():
+            time.sleep(0.3)  # nothing is asked for
+            os.kill(os.getpid(), signal.SIGTERM)
+            with shutdown.breakable(False):
+                time.sleep(0.6)
+            begun = time.monotonic()
+            with pytest.raises(tools.Overdue):
+                time.sleep(5)
+            assert time.monotonic() - begun < 1
+            time.sleep(0.3)  # once: what it passes through on its way out may take some time
+        assert shutdown.requested and called == []
+    assert signal.getsignal(signal.SIGALRM) is earlier[0] and 0 < signal.setitimer(signal.ITIMER_REAL, 0)[0] <= 100
+    signal.setitimer(signal.ITIMER_REAL, *earlier[1])
+
+
 def test_shutdown_outside_the_main_thread_does_nothing():
     earlier = signal.getsignal(signal.SIGINT)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
