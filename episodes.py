@@ -3,6 +3,7 @@
 `replay.py` keeps pieces of episodes in such files; here is what does not depend on the replay.
 """
 
+import contextlib
 import functools
 import io
 import logging
@@ -32,6 +33,7 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Like np.savez, for any key, and so that the file is either complete or not there (OSError: nothing is left)."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # someone may have deleted it
         with open(temporary, "wb") as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 for key, value in arrays.items():
@@ -41,7 +43,8 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not even that on a disk that fails
+            temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 

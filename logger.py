@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import sys
+import threading
 import time
 import wave
 from collections import defaultdict, deque
@@ -319,6 +320,12 @@ def _plain(value):
     return dict(value) if isinstance(value, Mapping) else str(value)
 
 
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread that could not write hands its error to the next `flush`, which tells it in one line."""
+    if type(failure.thread).__name__ != "_AsyncWriterThread" or not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
+
+
 class Logger:
     """Collects values between two calls of `write`, which sends them to every output.
 
@@ -526,6 +533,7 @@ class Logger:
         if self._tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter  # starts slowly
 
+            threading.excepthook = _thread_failed
             # Events after the start were logged by a process that died: TensorBoard hides them.
             self._tensorboard = SummaryWriter(str(self.logdir), purge_step=self._start + 1)
             if self._config:
