@@ -129,7 +129,8 @@ class VectorEnv:
         self._check_open()
         if self._pending:
             raise RuntimeError("render was called between send and receive.")
-        return self._answered(self._render, index)
+        with self._await(index, "render"):
+            return self._answered(self._render, index)
 
     def close(self) -> None:
         """May be called more than once."""
@@ -255,8 +256,9 @@ def _watch(reference, timeout):
                 told, warn = awaited, 2 * warn
                 remedy = vector._told(timeout) if doing != CREATION else ""
                 log.warning(f"environment {index} has not answered for {waited:.0f} s in {doing}. {remedy}".rstrip())
-            if timeout and waited >= timeout and doing != CREATION:
+            if timeout and waited >= timeout and doing != CREATION and vector._awaited is awaited:
                 vector._give_up(index, doing, waited)
+                told = None
         del vector
 
 
@@ -455,8 +457,11 @@ class ProcessVector(VectorEnv):
         with self._await(worker.index, CREATION):
             return worker.receive(CREATION)
 
-    def _share_memory(self):
-        """Without a name, from the moment that every worker has it open: it ends with its users, however they end."""
+    def _share_memory(self, restarted=None):
+        """Without a name, from the moment that every worker has it open: it ends with its users, however they end.
+
+        restarted: the environment that it is done for; one of the others that dies meanwhile is found at the next step.
+        """
         before = self._memory
         self._memory = shared_memory.SharedMemory(create=True, size=total_bytes(self._layout, self.num))
         self._named = True
@@ -464,7 +469,11 @@ class ProcessVector(VectorEnv):
         for worker in self._workers:
             worker.send(("attach", self._memory.name, self._layout, self.num))
         for worker in self._workers:
-            worker.receive(CREATION)
+            try:
+                worker.receive(CREATION)
+            except EnvError:
+                if restarted in (None, worker.index):
+                    raise
         self._memory.unlink()
         self._named = False
         if before is not None:
@@ -483,7 +492,7 @@ class ProcessVector(VectorEnv):
         self._workers[index] = Worker(index, fn, self._factories, seed)
         self._check_spaces(index, self._workers[index].receive(CREATION))
         rows = {key: value.copy() for key, value in self._rows.items()}
-        self._share_memory()
+        self._share_memory(index)
         for key, value in rows.items():
             self._rows[key][:] = value
         self._workers[index].send("reset")
@@ -499,8 +508,7 @@ class ProcessVector(VectorEnv):
 
     def _render(self, index):
         self._workers[index].send("render")
-        with self._await(index, "render"):
-            return self._workers[index].receive("render")
+        return self._workers[index].receive("render")
 
     def _stop(self):
         end_workers(self._workers)
