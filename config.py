@@ -190,6 +190,7 @@ RANGES = {
     "opt.beta*": ">= 0, < 1",
     "opt.eps": "> 0",
     "opt.warmup": ">= 0",
+    "opt.decay": ">= 0",
     "opt.max_bad": ">= 1",
 }
 

@@ -50,7 +50,7 @@ class Group:
 
     @property
     def rate(self) -> Float[Tensor, ""]:
-        """The learning rate as it is by now, without warmup."""
+        """The learning rate as it has adapted by now, without warmup and decay."""
         return self.lr * self.log_gain.exp()
 
     def split(self, flat: Tensor) -> list[Tensor]:
@@ -71,6 +71,7 @@ class Optimizer:
         agc: clip each tensor's gradient to `agc * max(pmin, ‖p‖)`; 0 turns it off.
         clip: clip each group's whole gradient to this norm; 0 turns it off.
         warmup: updates over which the rate rises linearly; the first update has rate 0.
+        decay: the rate is divided by 1 + updates / decay, so that it is halved after so many; 0: it stays.
         hyper: κ of hypergradient rates, 0 for fixed ones: after the warmup each group's rate α moves by
             ln α += κ cos(g_t, u_{t-1}), where u is its last movement: up while the gradient agrees with it. Once per
             update of all groups: further steps on the same data (see `step`) would agree with each other, and are
@@ -92,6 +93,7 @@ class Optimizer:
         beta2: float = 0.999,
         eps: float = 1e-20,
         warmup: int = 1000,
+        decay: float = 0.0,
         hyper: float = 0.0,
         hyper_limit: float = 10.0,
         scaled: bool = False,
@@ -100,7 +102,7 @@ class Optimizer:
         self.groups = {key: Group(named, lr, bool(hyper)) for key, (named, lr) in listed.items() if named}
         self.laprop = {"laprop": True, "adam": False}[name]
         self.agc, self.pmin, self.clip = agc, pmin, clip
-        self.beta1, self.beta2, self.eps, self.warmup = beta1, beta2, eps, warmup
+        self.beta1, self.beta2, self.eps, self.warmup, self.decay = beta1, beta2, eps, warmup, decay
         self.hyper, self.hyper_limit = hyper, math.log(hyper_limit)
         device = next(iter(self.groups.values())).data.device
         self.updates, self.bad, self.bad_total = (torch.zeros((), device=device) for _ in range(3))
@@ -182,7 +184,7 @@ class Optimizer:
         correct1, correct2 = ((1 - beta**count).to(grad.dtype) for beta in (self.beta1, self.beta2))
         if self.hyper and adapt:
             self._adapt(group, live)
-        rate = (group.rate * self._warmup()).to(grad.dtype) * live
+        rate = (group.rate * self._schedule()).to(grad.dtype) * live
         group.second.lerp_(grad.square(), (1 - self.beta2) * live)
         scale = (group.second / correct2).sqrt_().add_(self.eps)
         if group.traces is not None:
@@ -211,11 +213,14 @@ class Optimizer:
         group.log_gain.add_(self.hyper * cosine * live * warm).clamp_(-self.hyper_limit, self.hyper_limit)
 
     def rates(self) -> dict[str, Float[Tensor, ""]]:
-        """Each group's learning rate by now, without warmup."""
+        """Each group's learning rate as it has adapted by now, without warmup and decay."""
         return {key: group.rate for key, group in self.groups.items()}
 
-    def _warmup(self) -> Float[Tensor, ""]:
-        return ((self.updates - 1) / self.warmup).clamp(0, 1) if self.warmup else torch.ones_like(self.updates)
+    def _schedule(self) -> Float[Tensor, ""]:
+        """The factor of all rates at this update."""
+        done = self.updates - 1
+        factor = (done / self.warmup).clamp(0, 1) if self.warmup else torch.ones_like(done)
+        return factor / (1 + done / self.decay) if self.decay else factor
 
     def _clip_tensors(self, group: Group) -> None:
         grads = group.split(group.grad)

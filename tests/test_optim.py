@@ -62,10 +62,10 @@ def same(a: dict, b: dict) -> bool:
 # Against other implementations
 
 
-@pytest.mark.parametrize("warmup", [0, 4])
-def test_laprop_with_adaptive_clipping_against_numpy(warmup):
+@pytest.mark.parametrize(("warmup", "decay"), [(0, 0), (4, 0), (0, 3), (4, 3)])
+def test_laprop_with_adaptive_clipping_against_numpy(warmup, decay):
     params = make_params()
-    optimizer = make(params, agc=0.3, pmin=1e-3, beta1=0.9, beta2=0.999, eps=1e-20, warmup=warmup)
+    optimizer = make(params, agc=0.3, pmin=1e-3, beta1=0.9, beta2=0.999, eps=1e-20, warmup=warmup, decay=decay)
     weights = {name: p.numpy().copy() for name, p in flat(params).items()}
     moments = {name: (np.zeros_like(p), np.zeros_like(p)) for name, p in weights.items()}
     clipped = []
@@ -82,6 +82,7 @@ def test_laprop_with_adaptive_clipping_against_numpy(warmup):
             normed = grad / (np.sqrt(second / (1 - 0.999**step)) + 1e-20)
             first[:] = 0.9 * first + 0.1 * normed
             rate = RATES[key] * (min(1.0, (step - 1) / warmup) if warmup else 1.0)
+            rate /= 1 + (step - 1) / decay if decay else 1.0
             weight -= rate * first / (1 - 0.9**step)
         for name, p in flat(params).items():
             np.testing.assert_allclose(p, weights[name], rtol=1e-9, atol=1e-12, err_msg=f"{name}, step {step}")
