@@ -19,6 +19,11 @@ from torch import Tensor, nn
 Named = Iterable[tuple[str, nn.Parameter]]
 
 
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Of counts of updates: double precision where the device has it."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
 class Group:
     """The parameters of one part of the agent, laid into one flat buffer, with what the optimizer keeps about them.
 
@@ -178,9 +183,7 @@ class Optimizer:
             if group.traces is not None:
                 group.traces.mul_(factor)
         live = ok.to(grad.dtype)
-        count = (
-            (self.updates + group.extra).to(torch.float64 if grad.device.type != "mps" else torch.float32).clamp(min=1)
-        )
+        count = (self.updates + group.extra).to(_wide(grad)).clamp(min=1)
         correct1, correct2 = ((1 - beta**count).to(grad.dtype) for beta in (self.beta1, self.beta2))
         if self.hyper and adapt:
             self._adapt(group, live)
@@ -218,7 +221,7 @@ class Optimizer:
 
     def _schedule(self) -> Float[Tensor, ""]:
         """The factor of all rates at this update."""
-        done = self.updates - 1
+        done = (self.updates - 1).to(_wide(self.updates))
         factor = (done / self.warmup).clamp(0, 1) if self.warmup else torch.ones_like(done)
         return factor / (1 + done / self.decay) if self.decay else factor
 
