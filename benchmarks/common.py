@@ -154,7 +154,7 @@ class Learner(Trainer):
         self.replay = Replay(None, capacity=2 * stored, streams=STREAMS, frames=self._frames(), **options)
         fill(self.replay, self.obs_space, stored, np.random.default_rng(config.seed))
         self.logdir, self.updates, self.pending, self.metrics = Path(), 0, None, tools.Metrics()
-        self._wait = waiter(self.device)
+        self._wait, self.shutdown = waiter(self.device), tools.Shutdown()
 
     def update(self) -> None:
         """A full update: sample, to the device, both losses, backward, optimizer, the former one's latents written."""
